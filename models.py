@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the kd-lt authors
+"""ResNets for 32x32 images. Every forward returns (logits, features).
+
+    name         layers   parameters, 10 classes   100 classes   features
+    resnet8           8                   75,290        81,140         64
+    resnet14         14                  172,506       178,356         64
+    resnet20         20                  269,722       275,572         64
+    resnet32         32                  464,154       470,004         64
+    resnet44         44                  658,586       664,436         64
+    resnet56         56                  853,018       858,868         64
+    resnet110       110                1,727,962     1,733,812         64
+    resnet8x4         8                1,210,410     1,233,540        256
+    resnet32x4       32                7,410,730     7,433,860        256
+
+The first seven are He et al. 2015 (arXiv 1512.03385), section 4.2: channels 16-32-64, shortcuts
+without parameters ("option A"). The last two are the wide pair of the distillation literature:
+stem 32, channels 64-128-256, 1x1-convolution shortcuts.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NETWORKS = {  # name: (layers, stem channels, channels of the three stages, shortcut)
+    **{f"resnet{n}": (n, 16, (16, 32, 64), "pad") for n in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{n}x4": (n, 32, (64, 128, 256), "conv") for n in (8, 32)},
+}
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d without its batch counter: at fixed momentum that is a wasted kernel a step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight, self.bias
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm(channels)
+        self.stride, self.extra = stride, channels - channels_in
+        self.shortcut = None
+        if shortcut == "conv" and (stride != 1 or self.extra):
+            conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, BatchNorm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.extra:  # option A: every second pixel, zeros for the new channels on both sides
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+        return F.relu(out + x)
+
+
+class CosineClassifier(nn.Module):
+    """z_c = scale * <f/|f|, w_c/|w_c|>: (B, D) -> (B, C), fixed scale, no bias (CBD, 2104.05279)."""
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        # rows of the weight are classes: normalise over D, never over C
+        return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+class ResNet(nn.Module):
+    def __init__(self, layers, stem, channels, shortcut, num_classes, head, projection=None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.bn1 = BatchNorm(stem)
+        blocks, width = [], stem
+        for stage, out in enumerate(channels):
+            for block in range((layers - 2) // 6):
+                stride = 2 if stage and block == 0 else 1
+                blocks.append(BasicBlock(width, out, stride, shortcut))
+                width = out
+        self.blocks = nn.Sequential(*blocks)
+        self.projection = nn.Linear(width, projection) if projection else None
+        self.num_features = projection or width
+        classifier = {"linear": nn.Linear, "cosine": CosineClassifier}[head]
+        self.head = classifier(self.num_features, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, 32, 32) -> logits (B, C), features (B, D): what the classifier sees."""
+        out = self.blocks(F.relu(self.bn1(self.conv1(images))))
+        with torch.autocast(images.device.type, enabled=False):  # the head stays in full precision
+            features = out.to(self.head.weight.dtype).mean((2, 3))
+            if self.projection is not None:  # CBD's student: s = ReLU(W f + b)
+                features = F.relu(self.projection(features))
+            return self.head(features), features
+
+
+def build_model(
+    name: str, num_classes: int, head: str = "linear", projection: int | None = None
+) -> ResNet:
+    """A randomly initialised network (Kaiming-normal, from the global generator).
+
+    name: a key of NETWORKS. head: "linear", or "cosine" (scale 20, no bias). projection: a width to
+    which linear + ReLU map the pooled vector before the classifier; None for none. The features
+    that forward returns are the classifier's input, (B, projection) or (B, network's own width).
+    Raises ValueError for an unknown name or head.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    if head not in ("linear", "cosine"):
+        raise ValueError(f"unknown head {head!r}: choose linear or cosine")
+    return ResNet(*NETWORKS[name], num_classes, head, projection)
