@@ -465,7 +465,7 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
     state = [*parameters, *student.buffers(), *momentum, batches.position, losses, correct, index]
     return SimpleNamespace(
         settings=settings, network=network, student=student, adapter=adapter, momentum=momentum,
-        batches=batches, losses=losses, correct=correct, index=index, state=state, mixed=mixed,
+        batches=batches, losses=losses, correct=correct, index=index, state=state, mixed=mixed, c=c,
         step=step, start_epoch=start_epoch,
     )  # fmt: skip
 
