@@ -290,17 +290,23 @@ def ltkd_loss(
 
 
 # ---- methods: where they differ, and nowhere else
-#
-# s: the student's logits and features; t: a list of the same, one entry a teacher; y: targets;
-# c: what the run knows (class_counts, the hyperparameters, and for krdistill the rectification).
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (B, C)
+    features: Tensor  # (B, D)
 
 
 @dataclass(frozen=True)
 class Method:
-    loss: Callable  # (s, t, y, c) -> scalar
+    """A loss of s (the student's Output), t (a list, the teachers' Outputs), y (targets) and
+    c (class_counts, the hyperparameters, and what krdistill rectifies with), and what goes with it.
+    """
+
+    loss: Callable
     formula: str
     source: str
-    defaults: dict = field(default_factory=dict)  # its own flags; a distilling method has "teacher"
+    defaults: dict = field(default_factory=dict)  # of the flags that belong to it
     sampler: str = "instance"
     head: str = "linear"  # of student and teachers
 
@@ -308,8 +314,8 @@ class Method:
 def krdistill_step(s, t, y, c):
     rectified = rectify_features(t[0].features, y, c.class_means, c.prototypes)
     mapped, logits = c.adapter(s.features), t[0].logits + c.teacher_tilt
-    own = (c.class_counts, c.temperature, c.alpha, c.gamma)
-    return krdistill_loss(s.logits, mapped, logits, rectified, y, *own)
+    weights = (c.class_counts, c.temperature, c.alpha, c.gamma)
+    return krdistill_loss(s.logits, mapped, logits, rectified, y, *weights)
 
 
 TEACHER = {"teacher": "resnet32", "teacher_method": "ce"}
@@ -322,11 +328,11 @@ METHODS = {
     "bsce": Method(
         lambda s, t, y, c: balanced_softmax_loss(s.logits, y, c.class_counts),
         "CE(z + log pi, y)",
-        "balanced softmax, arXiv 2007.10740",
+        "balanced softmax, arXiv 2007.10740; no distillation",
     ),
     "kd": Method(
         lambda s, t, y, c: kd_loss(s.logits, t[0].logits, y, c.temperature, c.alpha),
-        "CE + alpha KL_T(p || student)",
+        "CE + alpha KL_T(p || student), p = softmax(teacher / T)",
         "arXiv 1503.02531",
         {**TEACHER, "temperature": 2.0, "alpha": 1.0},
     ),
@@ -334,15 +340,13 @@ METHODS = {
         lambda s, t, y, c: bkd_loss(
             s.logits, t[0].logits, y, c.bkd_counts, c.temperature, c.alpha, c.beta
         ),
-        "CE + alpha KL_T(w p / sum w p || student)",
+        "CE + alpha KL_T(w p / sum w p || student), w inverse effective numbers",
         "arXiv 2104.10510 and its code",
         {**TEACHER, "temperature": 2.0, "alpha": 1.0, "beta": 0.9999, "bkd_start": None},
     ),
     "cbd": Method(
-        lambda s, t, y, c: cbd_loss(
-            s.logits, s.features, [teacher.features for teacher in t], y, c.alpha, c.beta
-        ),
-        "(1 - alpha) CE + alpha beta (1 - cos(s, t))",
+        lambda s, t, y, c: cbd_loss(s.logits, s.features, [k.features for k in t], y, c.alpha, c.beta),
+        "(1 - alpha) CE + alpha beta (1 - cos(student, teacher features))",
         "arXiv 2104.05279 and its code",
         {**TEACHER, "num_teachers": 1, "alpha": 0.4, "beta": 100.0},
         sampler="class",
@@ -351,29 +355,24 @@ METHODS = {
     "krdistill": Method(
         krdistill_step,
         "CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
-        "our reconstruction of arXiv 2409.07694",
+        "our reconstruction from the abstract of arXiv 2409.07694",
         {**TEACHER, "temperature": 2.0, "alpha": 1.0, "gamma": 2.0},
     ),
     "ltkd": Method(
         lambda s, t, y, c: ltkd_loss(
             s.logits, t[0].logits, y, c.class_counts, c.temperature, c.alpha, c.beta
         ),
-        "CE + T^2 (alpha cross + beta within)",
-        "arXiv 2506.18496, our reading",
+        "CE + T^2 (alpha cross-group KL + beta within-group KL)",
+        "our reading of arXiv 2506.18496",
         {**TEACHER, "temperature": 2.0, "alpha": 1.0, "beta": 1.0},
     ),
 }
 
 
-# ---- training
+# ---- training: one loop for teachers and students
 
-
-RECIPE = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 2e-4}  # of every network
-
-
-def bkd_start(dataset: str) -> float:
-    """The share of training after which BKD's weights act, as in its code: CIFAR-10 late."""
-    return 0.8 if dataset == "cifar10" else 0.0
+RECIPE = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 2e-4}
+GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # training images
 
 
 def learning_rate(epoch: int, epochs: int, base: float) -> float:
@@ -382,33 +381,24 @@ def learning_rate(epoch: int, epochs: int, base: float) -> float:
     return base * decay * min(1.0, (epoch + 1) / 5)
 
 
-class Output(NamedTuple):
-    logits: Tensor  # (B, C)
-    features: Tensor  # (B, D)
-
-
-def build(settings: dict, num_classes: int, teacher_width: int) -> tuple[dict, nn.Module, nn.Module]:
-    """The student's build_model arguments, the student, and krdistill's map g to the teacher."""
-    name, head = settings["network"], settings["head"]
-    projection = None
-    if settings["method"] == "cbd" and teacher_width != NETWORKS[name][2][-1]:
-        projection = teacher_width
-    network = dict(name=name, num_classes=num_classes, head=head, projection=projection)
-    with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
-        torch.manual_seed(settings["seed"])
-        student = build_model(**network)
-        adapter = nn.Identity()
-        if settings["method"] == "krdistill":
-            adapter = nn.Linear(student.num_features, teacher_width)
-    return network, student, adapter
+def bkd_start(dataset: str) -> float:
+    """The share of training after which BKD's weights act, as in its code: late on CIFAR-10."""
+    return 0.8 if dataset == "cifar10" else 0.0
 
 
 def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> SimpleNamespace:
-    """All that a run trains with; run.step(size) is one step, without a read-back from the device."""
-    method, hyper = METHODS[settings["method"]], settings["hyper"]
+    """All that a run trains with. run.step(size) is one step; it never waits for the device."""
+    method, hyper, name = METHODS[settings["method"]], settings["hyper"], settings["network"]
     counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
     width = sum(teacher.num_features for teacher in teachers)
-    network, student, adapter = build(settings, len(counts), width)
+    network = {"name": name, "num_classes": len(counts), "head": settings["head"]}
+    if settings["method"] == "cbd" and width != NETWORKS[name][2][-1]:
+        network["projection"] = width
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
+        torch.manual_seed(settings["seed"])
+        student, adapter = build_model(**network), nn.Identity()
+        if settings["method"] == "krdistill":  # g, from the student's to the teacher's width
+            adapter = nn.Linear(student.num_features, width)
     student.to(device, memory_format=torch.channels_last)
     parameters = [*student.parameters(), *adapter.to(device).parameters()]
     rate = torch.tensor(0.0, device=device)  # a tensor, so that a captured step reads its new value
@@ -417,26 +407,21 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
     momentum = [torch.zeros_like(parameter) for parameter in parameters]
     for parameter, buffer in zip(parameters, momentum):
         optimizer.state[parameter]["momentum_buffer"] = buffer
-    batches = Batches(
-        data.train_images,
-        data.train_targets,
-        data.class_counts,
-        settings["batch_size"],
-        device,
-        method.sampler,
-        settings["colour"],
-    )
+    train = (data.train_images, data.train_targets, data.class_counts)
+    batches = Batches(*train, settings["batch_size"], device, method.sampler, settings["colour"])
     mixed = autocast(device, settings["precision"])
     c = SimpleNamespace(**hyper, class_counts=counts, bkd_counts=counts.clone(), adapter=adapter)
     if settings["method"] == "krdistill":
-        train = (data.train_images, data.train_targets)
-        c.class_means = class_means(teachers[0], *train, len(counts), device, mixed)
+        features = predict(teachers[0], data.train_images, device, mixed).features.double()
+        y = data.train_targets.to(device)
+        sums = torch.zeros(len(counts), width, dtype=torch.float64, device=device)
+        c.class_means = (sums.index_add_(0, y, features) / counts[:, None]).float()
         c.prototypes = balanced_prototypes(c.class_means)
-        # rectify_logits takes log pi out; a balanced-softmax teacher's logits never had it in
-        log_pi = (counts / counts.sum()).log().float()
-        c.teacher_tilt = log_pi if settings["teachers"][0]["method"] == "bsce" else 0.0
-    losses = torch.zeros(len(batches.sizes), device=device)
-    correct, index = torch.zeros((), device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        # rectify_logits takes log pi out, but a balanced-softmax teacher's logits never had it in
+        tilted = settings["teachers"][0]["method"] != "bsce"
+        c.teacher_tilt = 0.0 if tilted else (counts / counts.sum()).log().float()
+    losses, correct = torch.zeros(len(batches.sizes), device=device), torch.zeros((), device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its epoch
 
     def step(size: int) -> None:
         images, y = batches.next(size)
@@ -465,33 +450,31 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
     state = [*parameters, *student.buffers(), *momentum, batches.position, losses, correct, index]
     return SimpleNamespace(
         settings=settings, network=network, student=student, adapter=adapter, momentum=momentum,
-        batches=batches, losses=losses, correct=correct, index=index, state=state, mixed=mixed, c=c,
+        batches=batches, mixed=mixed, c=c, losses=losses, correct=correct, index=index, state=state,
         step=step, start_epoch=start_epoch,
     )  # fmt: skip
 
 
 def autocast(device: torch.device, precision: str) -> Callable:
-    """A factory of autocast contexts; without its weight cache, which a CUDA graph cannot hold."""
-    on = precision == "bf16"
-    kind = device.type
+    """Makes autocast contexts, without the weight cache that a CUDA graph cannot hold."""
+    kind, on = device.type, precision == "bf16"
     return lambda: torch.autocast(kind, torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 @torch.no_grad()
 def capture(run: SimpleNamespace) -> Callable[[int], None]:
-    """run.step recorded as one CUDA graph for each batch size; run's state is left as it was."""
+    """run.step recorded as one CUDA graph for each batch size; the run's state stays as it was."""
     saved = [tensor.clone() for tensor in run.state]
-    sizes, graphs = sorted(set(run.batches.sizes)), {}
+    sizes, graphs, pool = sorted(set(run.batches.sizes)), {}, torch.cuda.graph_pool_handle()
     run.student.train()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), torch.enable_grad():
-        for size in sizes * 3:  # warm-up: let cuDNN choose and the allocator settle
+        for size in sizes * 3:  # warm-up: cuDNN chooses its kernels, the allocator settles
             run.batches.position.zero_()
             run.index.zero_()
             run.step(size)
     torch.cuda.current_stream().wait_stream(side)
-    pool = torch.cuda.graph_pool_handle()
     for size in sizes:
         graphs[size] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[size], pool=pool), torch.enable_grad():
@@ -504,7 +487,7 @@ def capture(run: SimpleNamespace) -> Callable[[int], None]:
 def train(
     settings: dict, data: Dataset, teachers: list[nn.Module], folder: Path, device, eval_every: int
 ) -> dict:
-    """Train one network, teacher or student, to its last epoch; returns what result.json holds.
+    """Train one network, teacher or student, to its last epoch; returns its scores.
 
     Continues from folder/last.pt where there is one. An epoch ends with a row on the terminal, a
     line in folder/log.jsonl and a whole checkpoint, in that order.
@@ -513,109 +496,101 @@ def train(
     generator = torch.Generator().manual_seed(settings["seed"])
     done, spent, devices = restore(run, generator, folder, device)
     step = capture(run) if device.type == "cuda" else run.step
-    test = (data.test_images.to(device), data.test_targets.to(device))
-    epochs, images = settings["epochs"], len(data.train_targets)
-    print(f"{'epoch':>8}{'lr':>9}{'loss':>9}{'train':>7}{'test':>7}{'many':>7}{'medium':>7}"
-          f"{'few':>7}{'img/s':>8}  left", flush=True)  # fmt: skip
-    started = time.perf_counter()
+    data = data._replace(test_images=data.test_images.to(device))
+    epochs, images, sizes = settings["epochs"], len(data.train_targets), run.batches.sizes
+    print("".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values()))
+    started, scores = time.perf_counter(), None
     for epoch in range(done, epochs):
         began = time.perf_counter()
         run.start_epoch(epoch, generator)
-        for size in run.batches.sizes:
+        for size in sizes:
             step(size)
         losses = run.losses.tolist()  # the epoch's first read-back
-        row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
-        row["loss"] = sum(a * b for a, b in zip(losses, run.batches.sizes)) / images
-        row["train_top1"] = 100 * run.correct.item() / images
         rate = images / (time.perf_counter() - began)
-        if not math.isfinite(row["loss"]):
-            bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
             raise RunError(
-                f"the loss is {losses[bad]} at epoch {epoch + 1}, step {bad + 1} of {len(losses)}: try "
-                f"a smaller --lr; the checkpoint in {folder} still holds the epoch before"
+                f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1} of {len(sizes)}: "
+                f"try a smaller --lr. {folder} keeps its last good checkpoint, if it has one"
             )
-        last = epoch + 1 == epochs
-        if last or (epoch + 1) % eval_every == 0:
-            hits = class_hits(run.student, *test, len(data.class_counts), run.mixed)
-            scores = summarise(hits, data)
+        row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
+        row["loss"] = sum(loss * size for loss, size in zip(losses, sizes)) / images
+        row["train_top1"] = 100 * run.correct.item() / images
+        if epoch + 1 == epochs or (epoch + 1) % eval_every == 0:
+            scores = test(run.student, data, device, run.mixed)
             row |= {key: scores[key] for key in ("top1", *GROUPS)}
-        now = time.perf_counter()
+        row["images_per_second"], now = round(rate), time.perf_counter()
         left = (now - started) / (epoch + 1 - done) * (epochs - epoch - 1)
-        print_row(row | {"images_per_second": rate}, epochs, left)
-        append_line(folder / "log.jsonl", row | {"images_per_second": round(rate)})
+        print_row(row | {"epoch": f"{epoch + 1}/{epochs}", "left": duration(left)})
+        append_line(folder / "log.jsonl", row)
         save_checkpoint(run, generator, folder, epoch + 1, spent + now - started, devices)
-    return scores | {"seconds": spent + time.perf_counter() - started, "devices": devices}
+    seconds = spent + time.perf_counter() - started
+    scores = scores or test(run.student, data, device, run.mixed)  # None: killed after the last epoch
+    return scores | {"seconds": seconds, "devices": devices}
 
 
 @torch.no_grad()
-def class_means(model, images, targets, num_classes, device, mixed) -> Tensor:
-    """(C, D): the model's mean feature of each class, on unaugmented images, in eval mode."""
-    sums = torch.zeros(num_classes, model.num_features, dtype=torch.float64, device=device)
+def predict(model: nn.Module, images: Tensor, device, mixed: Callable) -> Output:
+    """Logits and features of all images (N, 3, 32, 32) uint8, unaugmented, in eval mode."""
     model.eval()
-    for part, labels in zip(images.split(1000), targets.split(1000)):
+    parts = []
+    for part in images.split(2500 if device.type == "cuda" else 500):
         part = part.to(device, memory_format=torch.channels_last)
         with mixed():
-            features = model(normalise(part))[1]
-        sums.index_add_(0, labels.to(device), features.double())
-    counts = torch.bincount(targets, minlength=num_classes).clamp(min=1).to(device)
-    return (sums / counts[:, None]).float()
+            parts.append(model(normalise(part)))
+    return Output(*map(torch.cat, zip(*parts)))
 
 
-@torch.no_grad()
-def class_hits(model, images, targets, num_classes, mixed) -> list[int]:
-    """How many test images of each class the model labels rightly (eval mode, whole images)."""
-    hits = torch.zeros(num_classes, dtype=torch.int64, device=images.device)
-    model.eval()
-    for part, labels in zip(images.split(1000), targets.split(1000)):
-        with mixed():
-            logits = model(normalise(part.contiguous(memory_format=torch.channels_last)))[0]
-        hits.index_add_(0, labels, (logits.argmax(dim=1) == labels).long())
-    return hits.tolist()
+def test(model: nn.Module, data: Dataset, device, mixed: Callable) -> dict:
+    """top1 over the test images; many, medium, few: means of their classes' accuracies; all in %.
 
-
-GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # training images
-
-
-def summarise(hits: list[int], data: Dataset) -> dict:
-    """top1 over the images; many, medium, few: means of their classes' accuracies; all in %.
-
-    A group without classes is None, and so is a class without test images.
+    None for a group without classes and for a class without test images.
     """
-    totals = torch.bincount(data.test_targets, minlength=len(hits)).tolist()
+    y, counts = data.test_targets, data.class_counts
+    labels = predict(model, data.test_images, device, mixed).logits.argmax(dim=1).cpu()
+    hits = torch.bincount(y[labels == y], minlength=len(counts)).tolist()
+    totals = torch.bincount(y, minlength=len(counts)).tolist()
     per_class = [100 * hit / total if total else None for hit, total in zip(hits, totals)]
     scores = {"top1": 100 * sum(hits) / sum(totals)}
     for group, (low, high) in GROUPS.items():
-        pairs = zip(per_class, data.class_counts)
-        inside = [a for a, count in pairs if low <= count <= high and a is not None]
+        pairs = zip(per_class, counts)
+        inside = [acc for acc, count in pairs if low <= count <= high and acc is not None]
         scores[group] = statistics.fmean(inside) if inside else None
-    return scores | {"per_class": per_class, "class_counts": data.class_counts}
+    return scores | {"per_class": per_class, "class_counts": counts}
 
 
 # ---- run folders: settings, log, checkpoint, result; one writer; nothing half-written
 
 
 class RunError(Exception):
-    """A run that cannot go on; main() prints it without a traceback."""
+    """A run that cannot go on; shown without a traceback."""
 
     status = 1
 
 
 class Busy(RunError):
-    status = 75  # EX_TEMPFAIL: run_all.sh leaves this run to the process that has it
+    status = 75  # "try again later": run_all.sh leaves this run to the process that has it
 
 
 def run_name(settings: dict) -> str:
-    """A readable name, and a digest of every setting so that different runs never share a folder."""
+    """Readable, and ending in a digest of all settings: different runs never share a folder."""
     parts = [Path(settings["dataset"]).stem, f"imb{settings['imb']:g}", settings["method"]]
     parts += [settings["network"]]
     if teachers := settings["teachers"]:
-        method = "" if teachers[0]["method"] == "ce" else f"-{teachers[0]['method']}"
-        many = f"-x{len(teachers)}" if len(teachers) > 1 else ""
-        parts += ["from", teachers[0]["network"] + method + many]
+        parts += ["from", teachers[0]["network"], teachers[0]["method"], *[f"x{len(teachers)}"][: len(teachers) - 1]]
     parts += [f"{key}{value}" for key, value in deviations(settings).items()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     parts += [f"e{settings['epochs']}", f"s{settings['seed']}", digest]
-    return re.sub(r"[^\w.=+-]", "_", "-".join(parts))
+    return re.sub(r"[^\w.-]", "_", "-".join(parts))
+
+
+def deviations(settings: dict) -> dict:
+    """The settings that are not the recipe's or the method's defaults, by name."""
+    method, flat = METHODS[settings["method"]], settings | settings["hyper"]
+    usual = RECIPE | {"imb_type": "exp", "subset_seed": 0, "colour": False, "head": method.head}
+    usual |= method.defaults | {"bkd_start": bkd_start(settings["dataset"])}
+    del usual["epochs"]  # always shown by itself
+    return {key: flat[key] for key in usual if key in flat and flat[key] != usual[key]}
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -627,20 +602,15 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
         raise
 
 
 def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def append_line(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> dict:
@@ -650,23 +620,28 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not the JSON that kd_lt.py wrote ({error})") from None
 
 
+def append_line(path: Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path, wait: bool):
-    """Hold the folder's lock; the system drops it when its process ends, however that ends."""
-    try:
-        import fcntl
-    except ImportError:
-        raise RunError("kd_lt.py needs file locks as Linux and macOS have them") from None
+    """Hold the folder's lock, which the system drops when its process ends, however that ends."""
+    import fcntl  # Linux and macOS; here, so that the losses import everywhere
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = f"{folder} is being written by {file.read().strip() or 'another process'}"
+            message = f"{folder} is being written by {file.read() or 'another process'}"
             if not wait:
-                raise Busy(f"{holder}; this process stops") from None
-            print(f"waiting  {holder}", flush=True)
+                raise Busy(f"{message}; this one stops") from None
+            print(f"waiting  {message}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -675,88 +650,75 @@ def only_writer(folder: Path, wait: bool):
 
 
 def claim(settings: dict, folder: Path, device) -> dict | None:
-    """The result of a finished run; None after claiming the folder for a new or unfinished one."""
-    config = folder / "config.json"
+    """A finished run's result; None after claiming the folder of a new or unfinished one."""
+    config, result = folder / "config.json", folder / "result.json"
     if config.exists():
         stored = read_json(config).get("settings", {})
-        differing = {key for key in settings | stored if settings.get(key) != stored.get(key)}
+        differing = sorted(k for k in settings | stored if settings.get(k) != stored.get(k))
         if differing:
             raise InputError(
-                f"{folder} holds another run: its config.json differs in {', '.join(sorted(differing))}; "
-                f"it is neither reused nor overwritten. Move it away or choose another --runs-dir"
+                f"{folder} holds another run: its config.json differs in {', '.join(differing)}. It is "
+                f"neither reused nor overwritten: move it away, or choose another --runs-dir"
             )
-    elif (folder / "last.pt").exists() or (folder / "result.json").exists():
-        raise InputError(f"{folder} holds a run without config.json: move it away")
-    else:
-        versions = {"kd_lt": VERSION, "python": platform.python_version(), "torch": torch.__version__}
-        command = shlex.join([Path(sys.executable).name, *sys.argv])
-        about = {"command": command, "versions": versions, "device": describe(device)}
-        write_json(config, {"settings": settings} | about)
-    return read_json(folder / "result.json") if (folder / "result.json").exists() else None
+        return read_json(result) if result.exists() else None
+    if (folder / "last.pt").exists() or result.exists():
+        raise InputError(f"{folder} holds a run without its config.json: move it away")
+    versions = {"kd_lt": VERSION, "python": platform.python_version(), "torch": torch.__version__}
+    about = {"command": shlex.join(sys.argv), "versions": versions, "device": describe(device)}
+    write_json(config, {"settings": settings} | about)
+    return None
 
 
 def save_checkpoint(run, generator, folder: Path, epoch: int, seconds: float, devices) -> None:
-    content = {
-        "settings": run.settings,
-        "network": run.network,
-        "epoch": epoch,
-        "student": run.student.state_dict(),
-        "adapter": run.adapter.state_dict(),
-        "momentum": run.momentum,
-        "generator": generator.get_state(),
-        "seconds": seconds,
-        "devices": devices,
-    }
+    content = {"settings": run.settings, "network": run.network, "epoch": epoch}
+    content |= {"student": run.student.state_dict(), "adapter": run.adapter.state_dict()}
+    content |= {"momentum": run.momentum, "generator": generator.get_state()}
     buffer = io.BytesIO()  # a full disk must fail in write_whole, not inside torch.save
-    torch.save(content, buffer)
+    torch.save(content | {"seconds": seconds, "devices": devices}, buffer)
     write_whole(folder / "last.pt", buffer.getvalue())
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint's plain tensors and numbers (never code), on the CPU."""
+def read_checkpoint(path: str | Path) -> tuple[Path, dict]:
+    """last.pt of a run folder (or the file itself): plain tensors and numbers, never code."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"settings", "network", "epoch", "student"} - set(content)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load fails in many types: zip, pickle, key, runtime errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged file makes torch.load raise a dozen types
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a whole checkpoint of plain tensors ({reason})") from None
     if missing:
-        raise InputError(f"{path}: a checkpoint, but not of kd_lt.py: no {', '.join(sorted(missing))}")
-    return content
-
-
-def rebuild(checkpoint: dict, path: Path, device) -> nn.Module:
-    """The checkpoint's network in eval mode; an error where its weights do not fit its settings."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(**checkpoint["network"])
-        model.load_state_dict(checkpoint["student"])
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: weights and stored configuration disagree ({reason})") from None
-    return model.eval().to(device, memory_format=torch.channels_last)
+        raise InputError(f"{path}: not a checkpoint of kd_lt.py: no {', '.join(sorted(missing))}")
+    return path, content
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network of a run folder (or of its last.pt), in eval mode.
 
     model(data.normalise(images)) with images (B, 3, 32, 32) of 0..255 gives logits and features.
-    Raises InputError where there is no whole checkpoint, OSError where it cannot be read.
+    Raises InputError where there is no whole checkpoint, or its weights do not fit its settings.
     """
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    return rebuild(read_checkpoint(path), path, device)
+    path, checkpoint = read_checkpoint(path)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(**checkpoint["network"])
+        model.load_state_dict(checkpoint["student"])
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: weights and stored configuration disagree ({reason})") from None
+    return model.eval().to(device, memory_format=torch.channels_last)
 
 
 def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]]:
     """Load folder/last.pt into the run, if there is one: epochs done, seconds spent, devices used."""
-    path, log, here = folder / "last.pt", folder / "log.jsonl", describe(device)
-    if not path.exists():
-        write_whole(log, (json.dumps({"command": sys.argv}) + "\n").encode())
+    log, here = folder / "log.jsonl", describe(device)
+    if not (folder / "last.pt").exists():
+        write_whole(log, (json.dumps({"command": shlex.join(sys.argv)}) + "\n").encode())
         return 0, 0.0, [here]
-    checkpoint = read_checkpoint(path)
-    if checkpoint["settings"] != run.settings or checkpoint["network"] != run.network:
+    path, checkpoint = read_checkpoint(folder)
+    if (checkpoint["settings"], checkpoint["network"]) != (run.settings, run.network):
         raise InputError(f"{path} belongs to another run than its folder's config.json: move it away")
     run.student.load_state_dict(checkpoint["student"])
     run.adapter.load_state_dict(checkpoint["adapter"])
@@ -765,63 +727,17 @@ def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]
     generator.set_state(checkpoint["generator"])
     done = checkpoint["epoch"]
     # the log is written before the checkpoint: drop the line of an epoch that will be run again
-    lines = log.read_text().splitlines()[: 1 + done]
-    write_whole(log, ("\n".join(lines) + "\n").encode())
-    print(f"resumed  after epoch {done}, from {path}")
+    lines = log.read_bytes().splitlines(keepends=True)[: 1 + done]
+    write_whole(log, b"".join(lines))
+    print(f"resumed  after epoch {done} of {run.settings['epochs']}, from {path}")
     return done, checkpoint["seconds"], list(dict.fromkeys([*checkpoint["devices"], here]))
 
 
 def describe(device: torch.device) -> str:
-    """The device and the torch version, as reports show them."""
+    """The device and the torch version, as configurations and reports show them."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    with contextlib.suppress(OSError):
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        name = names[0] if names else platform.machine()
-        return f"CPU {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-# ---- what a run prints
-
-
-def print_row(row: dict, epochs: int, left: float) -> None:
-    cells = [f"{row['epoch']:>4}/{epochs:<3}{row['lr']:>9.6f}{row['loss']:>9.4f}{row['train_top1']:>7.2f}"]
-    cells += [f"{'-' if row.get(key) is None else format(row[key], '.2f'):>7}" for key in ("top1", *GROUPS)]
-    cells += [f"{row['images_per_second']:>8.0f}  {duration(left)}"]
-    print("".join(cells), flush=True)
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def scores_line(scores: dict) -> str:
-    shown = ((key.replace("top1", "top-1"), scores[key]) for key in ("top1", *GROUPS))
-    return "  ".join(f"{key} {'absent' if a is None else f'{a:.2f}'}" for key, a in shown)
-
-
-def picture(scores: dict) -> str:
-    """Ten buckets of classes from head to tail: mean accuracy as a block and in %."""
-    ranked = sorted(range(len(scores["per_class"])), key=lambda c: -scores["class_counts"][c])
-    parts = [part.tolist() for part in torch.tensor(ranked).tensor_split(min(10, len(ranked)))]
-    known = [[a for c in part if (a := scores["per_class"][c]) is not None] for part in parts]
-    means = [statistics.fmean(part) if part else 0.0 for part in known]
-    blocks = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(mean / 12.5)] for mean in means)
-    return f"{blocks}  " + " ".join(f"{mean:3.0f}" for mean in means)
-
-
-def report(folder: Path, result: dict) -> None:
-    settings = result["settings"]
-    both = [(f"student ({settings['method']})", result)]
-    both += [(f"teacher ({teacher['method']})", teacher) for teacher in result["teachers"]]
-    width = max(len(name) for name, _ in both)
-    print(f"result   {folder}, last epoch, seed {settings['seed']}")
-    for name, scores in both:
-        print(f"         {name:<{width}}  {scores_line(scores)}")
-    print(f"         accuracy in %, from the head classes to the tail, in {min(10, len(result['per_class']))} parts:")
-    for name, scores in both:
-        print(f"         {name:<{width}}  {picture(scores)}", flush=True)
+    return f"CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 # ---- one command: the teachers it needs, then the student
@@ -829,52 +745,99 @@ def report(folder: Path, result: dict) -> None:
 
 def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) -> dict:
     """The result of this run: the stored one of a finished run, else trained now, teachers first."""
-    folder = Path(args.runs_dir) / run_name(settings)
-    role = "teacher" if teacher else "student"
-    what = f"{role}  {settings['network']}, {settings['method']}, seed {settings['seed']}"
+    folder, runs_dir = Path(args.runs_dir) / run_name(settings), Path(args.runs_dir)
+    what = f"{'teacher' if teacher else 'student'}  {settings['network']}, {settings['method']}, "
+    what += f"seed {settings['seed']}"
     with only_writer(folder, wait=teacher):
         if result := claim(settings, folder, device):
-            print(f"{what}: finished before, not trained again: {folder}", flush=True)
+            print(f"{what}: finished before, not trained again; {folder}", flush=True)
             return result
         teachers, results = [], []
         for known, path in zip(settings["teachers"], args.teacher_checkpoint or settings["teachers"]):
             if "checkpoint" in known:
                 teachers.append(load_run(path, device))
-                test = (data.test_images.to(device), data.test_targets.to(device))
                 mixed = autocast(device, settings["precision"])
-                hits = class_hits(teachers[-1], *test, len(data.class_counts), mixed)
-                results.append(known | summarise(hits, data))
+                results.append(known | test(teachers[-1], data, device, mixed))
             else:
                 own = settings | known | {"hyper": {}, "teachers": []}
                 results.append(known | execute(own, data, args, device, teacher=True))
-                teachers.append(load_run(Path(args.runs_dir) / run_name(own), device))
-        for model, scores in zip(teachers, results):
-            model.requires_grad_(False)
-            print(f"teacher  {scores['network']}, {scores['method']}: {scores_line(scores)}")
+                teachers.append(load_run(runs_dir / run_name(own), device))
+            teachers[-1].requires_grad_(False)
+            print(f"teacher  {known['network']}, {known['method']}: {scores_line(results[-1])}")
         print(f"{what}, {settings['epochs']} epochs, in {folder}", flush=True)
         result = train(settings, data, teachers, folder, device, args.eval_every)
-        keys = ("network", "method", "seed", "checkpoint", "top1", *GROUPS, "per_class", "class_counts")
-        shown = [{key: scores[key] for key in keys if key in scores} for scores in results]
-        result = {"settings": settings, "version": VERSION} | result | {"teachers": shown}
+        kept = ["network", "method", "top1", *GROUPS, "per_class", "class_counts"]
+        results = [{key: scores[key] for key in kept} for scores in results]
+        result = {"settings": settings, "version": VERSION} | result | {"teachers": results}
         write_json(folder / "result.json", result)
         return result
 
 
-def checkpoint_identity(path: str, settings: dict) -> dict:
-    """What a --teacher-checkpoint is, checked against this run's data and needs."""
-    file = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    checkpoint = read_checkpoint(file)
+def checkpoint_identity(given: str, settings: dict) -> dict:
+    """What a --teacher-checkpoint is, checked against its own settings and against this run's."""
+    path, checkpoint = read_checkpoint(given)
     stored = checkpoint["settings"]
     for key in ("dataset", "data", "imb", "imb_type", "subset_seed", "head"):
         if stored.get(key) != settings[key]:
             theirs, ours = stored.get(key), settings[key]
-            raise InputError(f"--teacher-checkpoint {path}: its {key} is {theirs}, this run's is {ours}")
+            raise InputError(f"--teacher-checkpoint {given}: its {key} is {theirs}, this run's is {ours}")
     if checkpoint["epoch"] != stored["epochs"]:
         at = f"epoch {checkpoint['epoch']} of {stored['epochs']}"
-        raise InputError(f"--teacher-checkpoint {path}: unfinished, {at}; finish it or give another")
-    rebuild(checkpoint, file, "cpu")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        raise InputError(f"--teacher-checkpoint {given}: unfinished, {at}; finish it or give another")
+    load_run(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return {key: stored[key] for key in ("network", "method", "head", "colour")} | {"checkpoint": digest}
+
+
+# ---- what a run prints
+
+COLUMNS = {  # of a row: title, width, format
+    "epoch": ("epoch", 9, ""), "lr": ("lr", 8, "g"), "loss": ("loss", 9, ".4f"),
+    "train_top1": ("train", 8, ".2f"), "top1": ("test", 8, ".2f"), "many": ("many", 8, ".2f"),
+    "medium": ("medium", 8, ".2f"), "few": ("few", 8, ".2f"),
+    "images_per_second": ("img/s", 8, ""), "left": ("left", 8, ""),
+}  # fmt: skip
+
+
+def print_row(row: dict) -> None:
+    cells = ((row.get(key), width, style) for key, (_, width, style) in COLUMNS.items())
+    print("".join(f"{'-' if v is None else format(v, style):>{width}}" for v, width, style in cells), flush=True)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def scores_line(scores: dict) -> str:
+    values = {"top-1": scores["top1"]} | {group: scores[group] for group in GROUPS}
+    return "  ".join(f"{k} {'absent' if v is None else format(v, '.2f')}" for k, v in values.items())
+
+
+def class_buckets(counts: list[int], most: int) -> list[list[int]]:
+    """The classes from head to tail, in at most `most` even parts."""
+    ranked = torch.tensor(sorted(range(len(counts)), key=lambda c: -counts[c]))
+    return [part.tolist() for part in ranked.tensor_split(min(most, len(counts)))]
+
+
+def mean_of(values) -> float:
+    """The mean of those that are not None; nan where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else math.nan
+
+
+def report(folder: Path, result: dict) -> None:
+    """Student beside teachers: the scores, and a picture of accuracy from head to tail."""
+    shown = [(f"student ({result['settings']['method']})", result)]
+    shown += [(f"teacher ({scores['method']})", scores) for scores in result["teachers"]]
+    buckets = class_buckets(result["class_counts"], 10)
+    print(f"result   {folder}, test accuracy in % after the last epoch")
+    for name, scores in shown:
+        print(f"         {name:<20}{scores_line(scores)}")
+    print(f"         by class, from head to tail, in {len(buckets)} parts:")
+    for name, scores in shown:
+        means = [mean_of(scores["per_class"][c] for c in bucket) for bucket in buckets]
+        blocks = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(0.0 if m != m else m / 12.5)] for m in means)
+        print(f"         {name:<20}{blocks}  {' '.join(f'{m:3.0f}' for m in means)}", flush=True)
 
 
 # ---- how fast
@@ -889,8 +852,20 @@ def untrained(settings: dict, data: Dataset, device) -> tuple[SimpleNamespace, l
     return set_up(settings, data, teachers, device), teachers
 
 
+def timed(block: Callable[[int], None], device, steps: int, repeats: int) -> float:
+    """Median over repeats of block(steps)'s seconds a step, after one block that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        block(steps)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / steps)
+    return statistics.median(times[1:])
+
+
 def seconds_per_step(run: SimpleNamespace, device, steps: int, repeats: int) -> float:
-    """Median time of a whole-batch step as train() runs it, teachers included."""
+    """One whole-batch step as train() runs it, teachers included."""
     step = capture(run) if device.type == "cuda" else run.step
     run.start_epoch(0, torch.Generator().manual_seed(0))
 
@@ -911,29 +886,16 @@ def estimate(settings: dict, data: Dataset, args, device) -> float:
     total = 0.0
     for one in [settings, *(teacher for teacher in own if "checkpoint" not in teacher)]:
         log = Path(args.runs_dir) / run_name(one) / "log.jsonl"
-        done = log.read_bytes().count(b"\n") - 1 if log.exists() else 0
-        left = max(one["epochs"] - done, 0)
+        left = one["epochs"] - (log.read_bytes().count(b"\n") - 1 if log.exists() else 0)
         tests = math.ceil(left / args.eval_every) * len(data.test_targets)
         run = untrained(one, few, device)[0]
         second = seconds_per_step(run, device, 1, 3) / run.batches.sizes[0]
-        total += second * (left * len(data.train_targets) + tests / 3)  # a test is a third of a step
+        total += second * (left * len(data.train_targets) + tests / 3)  # a test: a third of a step
     return total
 
 
-def timed(block: Callable[[int], None], device, steps: int, repeats: int) -> float:
-    """Median seconds of one of block's steps, after a block that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        block(steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) / steps)
-    return statistics.median(times[1:])
-
-
 class PlainImages(torch.utils.data.Dataset):
-    """One image at a time, augmented by itself: what the usual loader does."""
+    """One image at a time, cropped, flipped and normalised by itself, as the usual loader does."""
 
     def __init__(self, data: Dataset):
         self.images, self.targets = F.pad(data.train_images, (4, 4, 4, 4)), data.train_targets
@@ -942,20 +904,17 @@ class PlainImages(torch.utils.data.Dataset):
         return len(self.targets)
 
     def __getitem__(self, i):
-        top, left, mirrored = torch.randint(9, (2,)).tolist() + [torch.rand(()).item() < 0.5]
+        top, left, mirrored = (int(torch.randint(n, ())) for n in (9, 9, 2))
         image = self.images[i, :, top : top + 32, left : left + 32]
-        image = image.flip(2) if mirrored else image
-        return normalise(image[None])[0], self.targets[i]
+        return normalise(image.flip(2) if mirrored else image)[0], self.targets[i]
 
 
 def plain_seconds_per_step(settings: dict, data: Dataset, device, steps: int, repeats: int) -> float:
     """The same step as most code has it: float32, NCHW, eager, DataLoader, loss read every step."""
-    method = METHODS[settings["method"]]
     run, teachers = untrained(settings | {"precision": "fp32"}, data, device)
-    teachers = [model.to(memory_format=torch.contiguous_format) for model in teachers]
-    student = run.student.to(memory_format=torch.contiguous_format).train()
-    parameters = [*student.parameters(), *run.adapter.parameters()]
-    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=2e-4)
+    student, *teachers = (m.to(memory_format=torch.contiguous_format) for m in (run.student, *teachers))
+    parameters = [*student.train().parameters(), *run.adapter.parameters()]
+    optimizer = torch.optim.SGD(parameters, settings["lr"], 0.9, weight_decay=settings["weight_decay"])
     workers = 4 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(
         PlainImages(data), settings["batch_size"], shuffle=True, num_workers=workers
@@ -966,7 +925,7 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps: int, re
             images, y = images.to(device), y.to(device)
             with torch.no_grad():
                 t = [Output(*teacher(images)) for teacher in teachers]
-            loss = method.loss(Output(*student(images)), t, y, run.c)
+            loss = METHODS[settings["method"]].loss(Output(*student(images)), t, y, run.c)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -975,44 +934,35 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps: int, re
     return timed(block, device, steps, repeats)
 
 
-def matrix_peak(device, precision: str) -> float:
-    """Floating-point operations a second of a large matrix product: the practical ceiling here."""
-    n = 2048 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / timed(lambda count: [a @ b for _ in range(count)], device, 5, 5)
-
-
 def bench(settings: dict, data: Dataset, args, device) -> None:
     """Print the speed of the path that train() takes and of the plain path, on this device."""
+    import resource
+
     from torch.utils.flop_counter import FlopCounterMode
 
-    run, _ = untrained(settings, data, device)
-    batch, cuda = run.batches.sizes[0], device.type == "cuda"
-    steps, repeats = (max(1, len(run.batches.sizes) - 1), 7) if cuda else (4, 5)
+    cuda, n = device.type == "cuda", 8192 if device.type == "cuda" else 2048
+    run = untrained(settings, data, device)[0]
+    batch, (steps, repeats) = run.batches.sizes[0], (50, 7) if cuda else (4, 5)
     run.start_epoch(0, torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as flops:
         run.step(batch)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     ours = seconds_per_step(run, device, steps, repeats)
-    if cuda:
-        memory = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
+    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
     plain = plain_seconds_per_step(settings, data, device, steps, repeats)
-    rate, peak = flops.get_total_flops() / ours, matrix_peak(device, settings["precision"])
-    share = f"{rate / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, {100 * rate / peak:.0f} %"
-    total = duration(estimate(settings, data, args, device))
-    print(f"bench    {settings['method']}, {describe(device)}, {settings['precision']}")
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    peak = 2 * n**3 / timed(lambda count: [a @ b for _ in range(count)], device, 5, 5)
+    rate = flops.get_total_flops() / ours
+    networks = " from ".join([settings["network"], *(t["network"] for t in settings["teachers"])])
+    print(f"bench    {settings['method']}, {networks}; {describe(device)}, {settings['precision']}")
     for name, seconds in (("this program", ours), ("plain path", plain)):
         speed = f"{1000 * seconds:9.2f} ms a step {batch / seconds:10.0f} images/s"
         print(f"         {name:<13}{speed}, batch {batch}")
-    print(f"         ratio {plain / ours:.2f} (medians of {repeats} x {steps} steps after warm-up)")
-    print(f"         {share} of a large matrix product here; peak memory {memory:.0f} MiB")
-    print(f"         {settings['epochs']} epochs, teachers included: about {total}")
+    print(f"         ratio {plain / ours:.2f} (medians of {repeats} x {steps} steps, after warm-up)")
+    print(f"         {rate / 1e12:.3f} TFLOP/s, {100 * rate / peak:.0f} % of a large matrix product's "
+          f"{peak / 1e12:.3f} here; peak memory {memory / 2**20:.0f} MiB")  # fmt: skip
+    total = duration(estimate(settings, data, args, device))
+    print(f"         the command at {settings['epochs']} epochs, teachers included: about {total}")
 
 
 # ---- results: the table and the picture
@@ -1050,16 +1000,6 @@ def published(settings: dict) -> str:
     if usual and networks == {"resnet32x4", "resnet8x4"} and where == ("cifar100", 100):
         return PUBLISHED_WIDE.get(key, "-")
     return "-"
-
-
-def deviations(settings: dict) -> dict:
-    """The settings that are not the recipe's or the method's defaults, by name."""
-    method, hyper = METHODS[settings["method"]], settings["hyper"]
-    usual = {key: value for key, value in RECIPE.items() if key != "epochs"}
-    usual |= {"imb_type": "exp", "subset_seed": 0, "colour": False, "head": method.head}
-    usual |= method.defaults | {"bkd_start": bkd_start(settings["dataset"])}
-    flat = settings | hyper
-    return {key: flat[key] for key in usual if key in flat and flat[key] != usual[key]}
 
 
 def finished_runs(folders: list[str]) -> list[dict]:
@@ -1143,8 +1083,9 @@ def plot(file: str, folders: list[str]) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    ranked = sorted(range(len(counts)), key=lambda c: -counts[c])
-    parts = [part.tolist() for part in torch.tensor(ranked).tensor_split(min(20, len(ranked)))]
+    parts = class_buckets(counts, 20)
+    ranked = sum(parts, [])
+    middles = [statistics.fmean(ranked.index(c) for c in part) for part in parts]
     bars = left.twinx()
     bars.fill_between(range(len(counts)), [counts[c] for c in ranked], color="0.88", step="mid")
     bars.set(yscale="log", ylabel="training images of the class (grey)")
@@ -1155,14 +1096,8 @@ def plot(file: str, folders: list[str]) -> None:
         style |= dict(color=pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1)))
         s = group[0]["settings"]
         name = f"{label(s)}, {s['network']}, {s['epochs']} ep., n = {len(group)}"
-        known = [[r["per_class"][c] for r in group] for c in ranked]
-        known = [statistics.fmean(values) if None not in values else math.nan for values in known]
-        middle, mean, first = [], [], 0
-        for part in parts:
-            middle.append(first + (len(part) - 1) / 2)
-            mean.append(statistics.fmean(known[first : first + len(part)]))
-            first += len(part)
-        left.plot(middle, mean, label=name, **style)
+        means = [mean_of(r["per_class"][c] for r in group for c in part) for part in parts]
+        left.plot(middles, means, label=name, **style)
         logs = [(r["folder"] / "log.jsonl").read_text().splitlines()[1:] for r in group]
         rows = [[row for row in map(json.loads, log) if "top1" in row] for log in logs]
         shared = sorted(set.intersection(*({row["epoch"] for row in log} for log in rows)))
@@ -1183,85 +1118,81 @@ def plot(file: str, folders: list[str]) -> None:
 # ---- flags
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def number(kind: type, low: float, high: float = 1e9, above: bool = False) -> Callable:
     """An argparse type: an int or float from low (or above it) up to high."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            name, start = {int: "a whole number", float: "a number"}[kind], "above" if above else "from"
-            end = f" up to {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {start} {low:g}{end}")
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            bounds = f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
     return parse
 
 
 def method_table() -> str:
-    """One row a method: its sampler, head, teachers, loss, defaults and source."""
-    lines = ["methods (z: student logits, pi: class frequencies; defaults of their own flags below):"]
+    """What stands below --help: two or three lines a method."""
+    lines = ["methods, their losses, and the defaults of their own flags:"]
     for name, m in METHODS.items():
-        teachers = "no teacher" if not m.defaults else "K teachers" if name == "cbd" else "1 teacher"
-        lines.append(f"  {name:<10} {m.formula}")
-        lines.append(f"  {'':<10} {m.sampler}-balanced batches, {m.head} head, {teachers}; {m.source}")
-        own = {k: v for k, v in m.defaults.items() if k not in TEACHER}
-        own |= {"bkd_start": "0.8 on cifar10, else 0"} if "bkd_start" in own else {}
-        flags = ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in own.items())
-        lines += [f"  {'':<10} {flags}"] if flags else []
+        teachers = "teachers" if "num_teachers" in m.defaults else "teacher" if m.defaults else "no teacher"
+        own = {key: value for key, value in m.defaults.items() if key not in TEACHER}
+        own |= {"bkd_start": "0 (cifar10: 0.8)"} if "bkd_start" in own else {}
+        flags = "".join(f" --{key.replace('_', '-')} {value}" for key, value in own.items())
+        lines += [f"  {name:<10} {m.formula}", f"{'':13}{m.source}"]
+        lines += [f"{'':13}{m.sampler}-balanced batches, {m.head} head, {teachers};{flags}".rstrip(";")]
     return "\n".join(lines)
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kd_lt.py",
-        description="Knowledge distillation for long-tailed recognition: trains the teacher, or "
-        "reuses a finished one, distils the student, and reports many / medium / few.",
+        description="Knowledge distillation for long-tailed recognition: train the teacher or reuse "
+        "it, distil the student, report accuracy on many-, medium- and few-shot classes.",
         epilog=method_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    positive, rate = number(int, 1), number(float, 0)
+    positive, weight = number(int, 1), number(float, 0)
     add = parser.add_argument_group("run").add_argument
     add("--method", choices=METHODS, default="bkd", help="see below (default: bkd)")
-    add("--dataset", metavar="NAME", help="cifar100 (default), cifar10, synthetic, or FILE.npz with x_train "
-        "y_train x_test y_test (uint8 images of 32x32, integer labels)")  # fmt: skip
-    add("--imb", type=number(float, 1), default=100.0, help="largest over smallest class (default: 100)")
-    add("--imb-type", choices=("exp", "step"), default="exp", help="profile of the counts (default: exp)")
+    add("--dataset", metavar="NAME", help="cifar100 (default), cifar10, synthetic, or FILE.npz with uint8 "
+        "images of 32x32 x_train, x_test and integer labels y_train, y_test")  # fmt: skip
+    add("--imb", type=number(float, 1), default=100.0, help="largest class / smallest (default: 100)")
+    add("--imb-type", choices=("exp", "step"), default="exp", help="shape of the tail (default: exp)")
     add("--subset-seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="which images are kept (default: 0, the published subset)")  # fmt: skip
-    add("--student", choices=NETWORKS, metavar="NETWORK", help="default: resnet32; one of " + ", ".join(NETWORKS))
-    add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default: resnet32; trained first, or reused")
+        help="which images are kept; the default, 0, is the published subset")  # fmt: skip
+    add("--student", choices=NETWORKS, metavar="NETWORK", help=f"default resnet32; {', '.join(NETWORKS)}")
+    add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default resnet32; trained or reused")
     add("--teacher-method", choices=("ce", "bsce"), help="how the teacher is trained (default: ce)")
-    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="run folder or last.pt, instead of training one")
-    add("--num-teachers", type=positive, help="cbd: how many; the second half trains with colour distortion")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (default: 0)")
-    add = parser.add_argument_group("recipe, of teacher and student").add_argument
+    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="use this run folder or last.pt instead")
+    add("--num-teachers", type=positive, help="cbd: their number; the second half sees distorted colours")
+    add("--seed", type=number(int, 0), default=0, help="of all else that is random (default: 0)")
+    add = parser.add_argument_group("recipe of teacher and student").add_argument
     add("--epochs", type=positive, help="default: 200")
     add("--batch-size", type=positive, help="default: 128")
     add("--lr", type=number(float, 0, above=True), help="default: 0.1")
-    add("--weight-decay", type=rate, help="default: 0.0002")
-    add = parser.add_argument_group("loss; defaults by method, see below").add_argument
+    add("--weight-decay", type=weight, help="default: 0.0002")
+    add = parser.add_argument_group("loss (defaults below)").add_argument
     add("--temperature", type=number(float, 0, above=True), help="T of the softened probabilities")
-    add("--alpha", type=rate, help="weight of the distillation term (krdistill: of L_LRD; 0 is off)")
-    add("--beta", type=rate, help="bkd: of the effective number; cbd: of L_FD; ltkd: of the inner term")
-    add("--gamma", type=rate, help="krdistill: weight of L_RRD; 0 is off")
-    add("--bkd-start", type=number(float, 0, 1), help="bkd: share of training after which its weights act")
+    add("--alpha", type=weight, help="weight of distillation; krdistill: of L_LRD, 0 switches it off")
+    add("--beta", type=weight, help="bkd: effective number; cbd: weight of L_FD; ltkd: of within-group KL")
+    add("--gamma", type=weight, help="krdistill: weight of L_RRD, 0 switches it off")
+    add("--bkd-start", type=number(float, 0, 1), help="share of training after which bkd's weights act")
     add = parser.add_argument_group("where and how").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="default: auto, bf16 where the hardware has it")  # fmt: skip
-    add("--eval-every", type=positive, help="epochs between tests (default: 1, on a CPU 5; always the last)")
-    add("--data-dir", default="data", help="CIFAR's folder, filled if empty (default: data)")
+        help="default: auto, which is bf16 where the hardware has it")  # fmt: skip
+    add("--eval-every", type=positive, help="epochs between tests (default: 1; on a CPU 5)")
+    add("--data-dir", default="data", help="where CIFAR is, or goes (default: data)")
     add("--runs-dir", help="where runs are kept (default: runs)")
-    add("--smoke", action="store_true", help="other defaults: synthetic data, resnet8, 3 epochs, batches of "
-        "64, folder runs/smoke; seconds")  # fmt: skip
+    add("--smoke", action="store_true", help="a run of seconds: other defaults, namely "
+        + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in SMOKE.items()))  # fmt: skip
     add = parser.add_argument_group("instead of a run").add_argument
-    add("--bench", action="store_true", help="measure the training step on this device")
-    add("--table", nargs="*", metavar="RUNS", help="print the results of finished runs as Markdown")
-    add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw them, to a .png or .svg")
+    add("--bench", action="store_true", help="measure the training step of these flags on this device")
+    add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown (default: runs)")
+    add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs to a .png or .svg")
     return parser.parse_args(argv)
 
 
@@ -1269,69 +1200,68 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
     """The settings that make a run what it is, every default filled in."""
     method = METHODS[args.method]
     hyper = {key: value for key, value in method.defaults.items() if key not in TEACHER}
-    if "bkd_start" in hyper:
-        hyper["bkd_start"] = bkd_start(args.dataset)
-    for key in hyper:
-        if getattr(args, key) is not None:
-            hyper[key] = getattr(args, key)
+    hyper |= {"bkd_start": bkd_start(args.dataset)} if "bkd_start" in hyper else {}
+    hyper |= {key: getattr(args, key) for key in hyper if getattr(args, key) is not None}
     count = hyper.pop("num_teachers", 1 if method.defaults else 0)
-    settings = {"dataset": args.dataset, "data": data.digest, "imb": args.imb, "imb_type": args.imb_type}
-    settings |= {"subset_seed": args.subset_seed, "method": args.method, "network": args.student}
-    settings |= {"head": method.head, "colour": False, "precision": precision, "seed": args.seed}
-    settings |= {key: getattr(args, key) for key in RECIPE} | {"hyper": hyper}
+    same = ("dataset", "imb", "imb_type", "subset_seed", "method", "seed", *RECIPE)
+    settings = {key: getattr(args, key) for key in same} | {"data": data.digest, "hyper": hyper}
+    settings |= {"network": args.student, "head": method.head, "colour": False, "precision": precision}
     if args.teacher_checkpoint:
         teachers = [checkpoint_identity(path, settings) for path in args.teacher_checkpoint]
     else:  # other seeds than the student's, or it would start as its own untrained teacher
+        network, by = args.teacher, args.teacher_method
         teachers = [
-            {"network": args.teacher, "method": args.teacher_method, "head": method.head}
-            | {"colour": k >= count - count // 2, "seed": args.seed + 1000 + k}
+            {"network": network, "method": by, "head": method.head, "seed": args.seed + 1000 + k}
+            | {"colour": k >= count - count // 2}
             for k in range(count)
         ]
     return settings | {"teachers": teachers}
 
 
+SMOKE = {"dataset": "synthetic", "student": "resnet8", "teacher": "resnet8", "epochs": 3}
+SMOKE |= {"batch_size": 64, "runs_dir": "runs/smoke"}
+
+
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that this method would ignore, then fill in the defaults."""
-    method = METHODS[args.method]
+    """Refuse flags that this run would ignore, then fill in the defaults that no method owns."""
+    method, given = METHODS[args.method], {key for key, v in vars(args).items() if v is not None}
     own = {*method.defaults} | ({"teacher_checkpoint"} if method.defaults else set())
-    every = {key for m in METHODS.values() for key in m.defaults} | {"teacher_checkpoint"}
-    for key in sorted(every - own):
-        if getattr(args, key) is not None:
-            raise InputError(f"--{key.replace('_', '-')} does nothing with --method {args.method}")
-    for key in ("teacher", "teacher_method", "num_teachers"):
-        if args.teacher_checkpoint and getattr(args, key) is not None:
-            flag = key.replace("_", "-")
-            raise InputError(f"--{flag} and --teacher-checkpoint exclude each other: the file says")
-    if args.method != "cbd" and len(args.teacher_checkpoint or []) > 1:
-        raise InputError("--teacher-checkpoint: only --method cbd takes several")
-    if args.method == "bkd" and args.beta is not None and args.beta >= 1:
-        raise InputError(f"--beta {args.beta:g}: bkd wants a number in [0, 1)")
-    if args.method == "cbd" and args.alpha is not None and args.alpha > 1:
-        raise InputError(f"--alpha {args.alpha:g}: cbd wants a number in [0, 1]")
-    small = {"dataset": "synthetic", "student": "resnet8", "epochs": 3, "batch_size": 64}
-    small |= {"runs_dir": "runs/smoke", "teacher": "resnet8"}
-    usual = {"dataset": "cifar100", "student": "resnet32", "runs_dir": "runs"} | RECIPE
-    if method.defaults and not args.teacher_checkpoint:
-        usual |= TEACHER
-    for key, value in (usual | {k: v for k, v in small.items() if k in usual} if args.smoke else usual).items():
+    of_methods = {"teacher_checkpoint"}.union(*(m.defaults for m in METHODS.values()))
+    flag = {key: f"--{key.replace('_', '-')}" for key in of_methods}
+    for key in sorted(of_methods & given - own):
+        raise InputError(f"{flag[key]} does nothing with --method {args.method}: leave it out")
+    for key in sorted({"teacher", "teacher_method", "num_teachers"} & given):
+        if args.teacher_checkpoint:
+            raise InputError(f"{flag[key]}: --teacher-checkpoint already says which teacher")
+    if len(args.teacher_checkpoint or []) > 1 and args.method != "cbd":
+        raise InputError("--teacher-checkpoint: only --method cbd takes several teachers")
+    if args.method == "bkd" and (args.beta or 0) >= 1:
+        raise InputError(f"--beta {args.beta:g}: bkd needs a number of at least 0 and below 1")
+    if args.method == "cbd" and (args.alpha or 0) > 1:
+        raise InputError(f"--alpha {args.alpha:g}: cbd needs a number of at least 0 and at most 1")
+    usual = {"dataset": "cifar100", "student": "resnet32", "runs_dir": "runs"} | RECIPE | TEACHER
+    for key, value in (usual | (SMOKE if args.smoke else {})).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     """The device and the precision of this run; asking for what is not there is an error."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if args.device == "cuda" and not found:
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        fast = torch.cuda.get_device_capability() >= (8, 0)
+    device = torch.device("cuda" if found and args.device != "cpu" else "cpu")
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         torch.backends.cudnn.benchmark = True
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    precision = ("bf16" if fast else "fp32") if args.precision == "auto" else args.precision
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    args.eval_every = args.eval_every or (1 if cuda else 5)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), precision
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
+    args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
+    return device, precision
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -1342,23 +1272,22 @@ def run_command(args: argparse.Namespace) -> None:
     check_flags(args)
     device, precision = choose_device(args)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
-    settings = resolve(args, data, precision)
+    settings, method, counts = resolve(args, data, precision), METHODS[args.method], data.class_counts
     if args.bench:
         return bench(settings, data, args, device)
-    counts = data.class_counts
-    sizes = [sum(low <= n <= high for n in counts) for low, high in GROUPS.values()]
+    groups = ", ".join(
+        f"{sum(low <= n <= high for n in counts)} {group}" for group, (low, high) in GROUPS.items()
+    )
+    own = "".join(f", {key} {value:g}" for key, value in settings["hyper"].items())
+    recipe = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in RECIPE)
     print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {sum(counts):,} training images, "
-          f"{max(counts)}..{min(counts)} a class; {len(counts)} classes: {sizes[0]} many, "
-          f"{sizes[1]} medium, {sizes[2]} few; {len(data.test_targets):,} test images")  # fmt: skip
-    hyper = ", ".join(f"{key} {value:g}" for key, value in settings["hyper"].items())
-    print(f"method   {args.method}: {METHODS[args.method].formula}" + f"; {hyper}" * bool(hyper))
-    print(f"         {METHODS[args.method].source}")
-    print(f"recipe   {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}, weight decay "
-          f"{args.weight_decay:g}, seed {args.seed}")  # fmt: skip
-    print(f"device   {describe(device)}, {precision}", flush=True)
+          f"{max(counts)}..{min(counts)} a class; {len(counts)} classes: {groups}; "
+          f"{len(data.test_targets):,} test images")  # fmt: skip
+    print(f"method   {args.method}{own}: {method.formula}; {method.source}")
+    print(f"recipe   {recipe}, seed {args.seed}; {describe(device)}, {precision}", flush=True)
     if device.type == "cpu":
-        left = estimate(settings, data, args, device)
-        print(f"time     about {duration(left)} on this CPU, teachers included", flush=True)
+        seconds = estimate(settings, data, args, device)
+        print(f"time     about {duration(seconds)} here, teachers included", flush=True)
     result = execute(settings, data, args, device)
     report(Path(args.runs_dir) / run_name(settings), result)
 
@@ -1375,7 +1304,8 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError:
-        message, status = f"out of memory on CUDA with --batch-size {args.batch_size}: try a smaller one", 1
+        message = f"CUDA ran out of memory with --batch-size {args.batch_size}: try a smaller one"
+        status = 1
     except OSError as error:
         message, status = f"{error.filename or 'input or output'}: {error.strerror or error}", 1
     except KeyboardInterrupt:
