@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the kd-lt authors
+#
+# Makes the results table: METHODS x SEEDS at one setting. Finished runs are skipped, unfinished ones
+# continue. Copies of this script that share RUNS divide the runs among them: each run is made by the
+# copy that locks its folder first. Change what it does from the environment:
+#
+#   ./run_all.sh                                                   the README's table
+#   METHODS=cbd EXTRA="--num-teachers 4" ./run_all.sh              one more row of it
+#   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
+#   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
+#   sbatch --array=0-7 --gpus=1 run_all.sh                         Slurm; RUNS on a shared file system
+set -uo pipefail
+METHODS=${METHODS:-ce bsce kd bkd cbd krdistill ltkd} SEEDS=${SEEDS:-0 1 2}
+DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
+TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
+RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
+[ -f kd_lt.py ] || cd "$(dirname "$0")" || exit  # Slurm runs a copy from elsewhere, in this folder
+busy=0 failed=0
+for seed in $SEEDS; do
+  for method in $METHODS; do
+    command=("$PYTHON" kd_lt.py --method "$method" --dataset "$DATASET" --imb "$IMB"
+      --student "$STUDENT" --epochs "$EPOCHS" --seed "$seed" --runs-dir "$RUNS")
+    case $method in ce | bsce) ;; *) command+=(--teacher "$TEACHER") ;; esac
+    # shellcheck disable=SC2206
+    command+=($EXTRA)
+    echo "+ ${command[*]}"
+    "${command[@]}"
+    status=$?
+    case $status in
+      0) ;;
+      75) busy=$((busy + 1)) ;; # another copy has it
+      130) exit 130 ;;          # Ctrl-C
+      *) failed=$((failed + 1)) && echo "failed with status $status: ${command[*]}" >&2 ;;
+    esac
+  done
+done
+[ $busy -eq 0 ] || echo "$busy of these runs are being made by other copies; the table is without them"
+echo "+ $PYTHON kd_lt.py --table $RUNS"
+"$PYTHON" kd_lt.py --table "$RUNS" || exit
+[ $failed -eq 0 ]
