@@ -41,9 +41,9 @@ VERSION = "1.0.0"
 #
 # B samples, C classes, D features. Logits are (B, C), features (B, D), float of any width, on any
 # device (half precision: cast to float32 first, as the training loop does); targets (B,) int64.
-# class_counts: C training-image counts >= 1, any sequence or tensor. A sequence is checked; a tensor
-# is used as it is, for reading it back would stall a GPU. Every loss is a mean over the batch,
-# and no gradient reaches the teacher. Wrong shapes or hyperparameters raise ValueError.
+# class_counts: C training-image counts >= 1, a sequence, which is checked, or a tensor, which is
+# used as it is: reading it back would stall a GPU. Every loss is a mean over the batch, and no
+# gradient reaches the teacher. Wrong shapes or hyperparameters raise ValueError.
 
 
 def as_counts(class_counts: Sequence[float] | Tensor, num_classes: int | None = None) -> Tensor:
@@ -168,8 +168,8 @@ def balanced_prototypes(class_means: Tensor) -> Tensor:
     """The class arrangement that favours no direction and is nearest to the teacher's own.
 
     Our reconstruction of KRDistill's "balanced category priors" (arXiv 2409.07694, abstract).
-    M = m_c - mean_c m_c, compact SVD M = U S V^T, P = U V^T, rows scaled to length 1: for D >= C - 1
-    the simplex ETF (cosines -1/(C-1)), for smaller D the nearest tight frame before that scaling.
+    M = m_c - mean_c m_c, compact SVD M = U S V^T, P = U V^T, then rows scaled to length 1: the
+    simplex ETF (cosines -1/(C-1)) for D >= C - 1, the nearest tight frame for smaller D.
     class_means (C, D) float, C >= 2. Returns (C, D) in its dtype, computed in float64.
     """
     if class_means.ndim != 2 or len(class_means) < 2:
@@ -299,74 +299,66 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A loss of s (the student's Output), t (a list, the teachers' Outputs), y (targets) and
-    c (class_counts, the hyperparameters, and what krdistill rectifies with), and what goes with it.
-    """
-
-    loss: Callable
     formula: str
     source: str
-    defaults: dict = field(default_factory=dict)  # of the flags that belong to it
+    defaults: dict = field(default_factory=dict)  # of its own flags; only a distilling method has any
     sampler: str = "instance"
     head: str = "linear"  # of student and teachers
 
 
-def krdistill_step(s, t, y, c):
-    rectified = rectify_features(t[0].features, y, c.class_means, c.prototypes)
-    mapped, logits = c.adapter(s.features), t[0].logits + c.teacher_tilt
-    weights = (c.class_counts, c.temperature, c.alpha, c.gamma)
-    return krdistill_loss(s.logits, mapped, logits, rectified, y, *weights)
-
-
 TEACHER = {"teacher": "resnet32", "teacher_method": "ce"}
+SOFT = TEACHER | {"temperature": 2.0, "alpha": 1.0}
 METHODS = {
-    "ce": Method(
-        lambda s, t, y, c: F.cross_entropy(s.logits, y),
-        "CE(z, y)",
-        "no distillation",
-    ),
-    "bsce": Method(
-        lambda s, t, y, c: balanced_softmax_loss(s.logits, y, c.class_counts),
-        "CE(z + log pi, y)",
-        "balanced softmax, arXiv 2007.10740; no distillation",
-    ),
-    "kd": Method(
-        lambda s, t, y, c: kd_loss(s.logits, t[0].logits, y, c.temperature, c.alpha),
-        "CE + alpha KL_T(p || student), p = softmax(teacher / T)",
-        "arXiv 1503.02531",
-        {**TEACHER, "temperature": 2.0, "alpha": 1.0},
-    ),
+    "ce": Method("CE(z, y)", "no distillation"),
+    "bsce": Method("CE(z + log pi, y)", "balanced softmax, arXiv 2007.10740; no distillation"),
+    "kd": Method("CE + alpha KL_T(p || student)", "arXiv 1503.02531", SOFT),
     "bkd": Method(
-        lambda s, t, y, c: bkd_loss(
-            s.logits, t[0].logits, y, c.bkd_counts, c.temperature, c.alpha, c.beta
-        ),
         "CE + alpha KL_T(w p / sum w p || student), w inverse effective numbers",
         "arXiv 2104.10510 and its code",
-        {**TEACHER, "temperature": 2.0, "alpha": 1.0, "beta": 0.9999, "bkd_start": None},
+        SOFT | {"beta": 0.9999, "bkd_start": None},
     ),
     "cbd": Method(
-        lambda s, t, y, c: cbd_loss(s.logits, s.features, [k.features for k in t], y, c.alpha, c.beta),
         "(1 - alpha) CE + alpha beta (1 - cos(student, teacher features))",
         "arXiv 2104.05279 and its code",
-        {**TEACHER, "num_teachers": 1, "alpha": 0.4, "beta": 100.0},
+        TEACHER | {"num_teachers": 1, "alpha": 0.4, "beta": 100.0},
         sampler="class",
         head="cosine",
     ),
     "krdistill": Method(
-        krdistill_step,
         "CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
         "our reconstruction from the abstract of arXiv 2409.07694",
-        {**TEACHER, "temperature": 2.0, "alpha": 1.0, "gamma": 2.0},
+        SOFT | {"gamma": 2.0},
     ),
     "ltkd": Method(
-        lambda s, t, y, c: ltkd_loss(
-            s.logits, t[0].logits, y, c.class_counts, c.temperature, c.alpha, c.beta
-        ),
-        "CE + T^2 (alpha cross-group KL + beta within-group KL)",
+        "CE + T^2 (alpha KL across groups + beta KL within groups)",
         "our reading of arXiv 2506.18496",
-        {**TEACHER, "temperature": 2.0, "alpha": 1.0, "beta": 1.0},
+        SOFT | {"beta": 1.0},
     ),
 }
+
+
+def method_loss(method: str, s: Output, t: list[Output], y: Tensor, c: SimpleNamespace) -> Tensor:
+    """The method's loss of student s, teachers t and targets y; c knows the run's other numbers."""
+    match method:
+        case "ce":
+            return F.cross_entropy(s.logits, y)
+        case "bsce":
+            return balanced_softmax_loss(s.logits, y, c.class_counts)
+        case "kd":
+            return kd_loss(s.logits, t[0].logits, y, c.temperature, c.alpha)
+        case "bkd":
+            weights = (c.bkd_counts, c.temperature, c.alpha, c.beta)
+            return bkd_loss(s.logits, t[0].logits, y, *weights)
+        case "cbd":
+            features = [teacher.features for teacher in t]
+            return cbd_loss(s.logits, s.features, features, y, c.alpha, c.beta)
+        case "krdistill":
+            g, r = c.adapter(s.features), rectify_features(t[0].features, y, c.class_means, c.prototypes)
+            weights = (c.class_counts, c.temperature, c.alpha, c.gamma)
+            return krdistill_loss(s.logits, g, t[0].logits + c.teacher_tilt, r, y, *weights)
+        case "ltkd":
+            weights = (c.class_counts, c.temperature, c.alpha, c.beta)
+            return ltkd_loss(s.logits, t[0].logits, y, *weights)
 
 
 # ---- training: one loop for teachers and students
@@ -429,7 +421,7 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
             with torch.no_grad():
                 t = [Output(*teacher(images)) for teacher in teachers]
             s = Output(*student(images))
-        loss = method.loss(s, t, y, c)
+        loss = method_loss(settings["method"], s, t, y, c)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -510,8 +502,8 @@ def train(
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise RunError(
-                f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1} of {len(sizes)}: "
-                f"try a smaller --lr. {folder} keeps its last good checkpoint, if it has one"
+                f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}: try a smaller "
+                f"--lr. {folder} keeps the checkpoint of the epoch before, if there was one"
             )
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
         row["loss"] = sum(loss * size for loss, size in zip(losses, sizes)) / images
@@ -525,7 +517,8 @@ def train(
         append_line(folder / "log.jsonl", row)
         save_checkpoint(run, generator, folder, epoch + 1, spent + now - started, devices)
     seconds = spent + time.perf_counter() - started
-    scores = scores or test(run.student, data, device, run.mixed)  # None: killed after the last epoch
+    if scores is None:  # an earlier process ended between the last checkpoint and result.json
+        scores = test(run.student, data, device, run.mixed)
     return scores | {"seconds": seconds, "devices": devices}
 
 
@@ -577,7 +570,8 @@ def run_name(settings: dict) -> str:
     parts = [Path(settings["dataset"]).stem, f"imb{settings['imb']:g}", settings["method"]]
     parts += [settings["network"]]
     if teachers := settings["teachers"]:
-        parts += ["from", teachers[0]["network"], teachers[0]["method"], *[f"x{len(teachers)}"][: len(teachers) - 1]]
+        parts += ["from", teachers[0]["network"], teachers[0]["method"]]
+        parts += [f"x{len(teachers)}"] if len(teachers) > 1 else []
     parts += [f"{key}{value}" for key, value in deviations(settings).items()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     parts += [f"e{settings['epochs']}", f"s{settings['seed']}", digest]
@@ -657,8 +651,8 @@ def claim(settings: dict, folder: Path, device) -> dict | None:
         differing = sorted(k for k in settings | stored if settings.get(k) != stored.get(k))
         if differing:
             raise InputError(
-                f"{folder} holds another run: its config.json differs in {', '.join(differing)}. It is "
-                f"neither reused nor overwritten: move it away, or choose another --runs-dir"
+                f"{folder} holds another run, its config.json differs in {', '.join(differing)}: it is "
+                f"not reused and not overwritten; move it away or choose another --runs-dir"
             )
         return read_json(result) if result.exists() else None
     if (folder / "last.pt").exists() or result.exists():
@@ -712,14 +706,14 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
 
 def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]]:
-    """Load folder/last.pt into the run, if there is one: epochs done, seconds spent, devices used."""
+    """Load folder/last.pt into the run, if it exists: epochs done, seconds spent, devices used."""
     log, here = folder / "log.jsonl", describe(device)
     if not (folder / "last.pt").exists():
         write_whole(log, (json.dumps({"command": shlex.join(sys.argv)}) + "\n").encode())
         return 0, 0.0, [here]
     path, checkpoint = read_checkpoint(folder)
     if (checkpoint["settings"], checkpoint["network"]) != (run.settings, run.network):
-        raise InputError(f"{path} belongs to another run than its folder's config.json: move it away")
+        raise InputError(f"{path} is not of the run that config.json there describes: move it away")
     run.student.load_state_dict(checkpoint["student"])
     run.adapter.load_state_dict(checkpoint["adapter"])
     for buffer, saved in zip(run.momentum, checkpoint["momentum"]):
@@ -744,7 +738,7 @@ def describe(device: torch.device) -> str:
 
 
 def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) -> dict:
-    """The result of this run: the stored one of a finished run, else trained now, teachers first."""
+    """The result of this run: the stored one if it is finished, else trained now, teachers first."""
     folder, runs_dir = Path(args.runs_dir) / run_name(settings), Path(args.runs_dir)
     what = f"{'teacher' if teacher else 'student'}  {settings['network']}, {settings['method']}, "
     what += f"seed {settings['seed']}"
@@ -753,8 +747,9 @@ def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) 
             print(f"{what}: finished before, not trained again; {folder}", flush=True)
             return result
         teachers, results = [], []
-        for known, path in zip(settings["teachers"], args.teacher_checkpoint or settings["teachers"]):
-            if "checkpoint" in known:
+        given = args.teacher_checkpoint or [None] * len(settings["teachers"])
+        for known, path in zip(settings["teachers"], given):
+            if path:
                 teachers.append(load_run(path, device))
                 mixed = autocast(device, settings["precision"])
                 results.append(known | test(teachers[-1], data, device, mixed))
@@ -779,14 +774,14 @@ def checkpoint_identity(given: str, settings: dict) -> dict:
     stored = checkpoint["settings"]
     for key in ("dataset", "data", "imb", "imb_type", "subset_seed", "head"):
         if stored.get(key) != settings[key]:
-            theirs, ours = stored.get(key), settings[key]
-            raise InputError(f"--teacher-checkpoint {given}: its {key} is {theirs}, this run's is {ours}")
+            both = f"its {key} is {stored.get(key)}, this run's is {settings[key]}"
+            raise InputError(f"--teacher-checkpoint {given}: {both}")
     if checkpoint["epoch"] != stored["epochs"]:
-        at = f"epoch {checkpoint['epoch']} of {stored['epochs']}"
-        raise InputError(f"--teacher-checkpoint {given}: unfinished, {at}; finish it or give another")
+        at = f"stopped at epoch {checkpoint['epoch']} of {stored['epochs']}"
+        raise InputError(f"--teacher-checkpoint {given}: {at}; finish it or give another")
     load_run(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return {key: stored[key] for key in ("network", "method", "head", "colour")} | {"checkpoint": digest}
+    identity = {key: stored[key] for key in ("network", "method", "head", "colour")}
+    return identity | {"checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
 
 
 # ---- what a run prints
@@ -800,8 +795,11 @@ COLUMNS = {  # of a row: title, width, format
 
 
 def print_row(row: dict) -> None:
-    cells = ((row.get(key), width, style) for key, (_, width, style) in COLUMNS.items())
-    print("".join(f"{'-' if v is None else format(v, style):>{width}}" for v, width, style in cells), flush=True)
+    line = ""
+    for key, (_, width, style) in COLUMNS.items():
+        value = row.get(key)
+        line += f"{'-' if value is None else format(value, style):>{width}}"
+    print(line, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -809,8 +807,9 @@ def duration(seconds: float) -> str:
 
 
 def scores_line(scores: dict) -> str:
-    values = {"top-1": scores["top1"]} | {group: scores[group] for group in GROUPS}
-    return "  ".join(f"{k} {'absent' if v is None else format(v, '.2f')}" for k, v in values.items())
+    known = {"top-1": scores["top1"]} | {group: scores[group] for group in GROUPS}
+    shown = {key: "absent" if value is None else f"{value:.2f}" for key, value in known.items()}
+    return "  ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def class_buckets(counts: list[int], most: int) -> list[list[int]]:
@@ -836,7 +835,7 @@ def report(folder: Path, result: dict) -> None:
     print(f"         by class, from head to tail, in {len(buckets)} parts:")
     for name, scores in shown:
         means = [mean_of(scores["per_class"][c] for c in bucket) for bucket in buckets]
-        blocks = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(0.0 if m != m else m / 12.5)] for m in means)
+        blocks = "".join(" ▁▂▃▄▅▆▇█"[0 if m != m else math.ceil(m / 12.5)] for m in means)
         print(f"         {name:<20}{blocks}  {' '.join(f'{m:3.0f}' for m in means)}", flush=True)
 
 
@@ -879,9 +878,10 @@ def seconds_per_step(run: SimpleNamespace, device, steps: int, repeats: int) -> 
 
 
 def estimate(settings: dict, data: Dataset, args, device) -> float:
-    """Seconds that this command will take, its teachers' training included, from a few real steps."""
+    """Seconds that this command will take, teachers' training included, by timing a few steps."""
     some = slice(0, 2 * settings["batch_size"])
-    few = data._replace(train_images=data.train_images[some], train_targets=data.train_targets[some])
+    images, y = data.train_images[some], data.train_targets[some]
+    few = data._replace(train_images=images, train_targets=y)
     own = [settings | t | {"hyper": {}, "teachers": []} for t in settings["teachers"]]
     total = 0.0
     for one in [settings, *(teacher for teacher in own if "checkpoint" not in teacher)]:
@@ -909,12 +909,14 @@ class PlainImages(torch.utils.data.Dataset):
         return normalise(image.flip(2) if mirrored else image)[0], self.targets[i]
 
 
-def plain_seconds_per_step(settings: dict, data: Dataset, device, steps: int, repeats: int) -> float:
+def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats) -> float:
     """The same step as most code has it: float32, NCHW, eager, DataLoader, loss read every step."""
     run, teachers = untrained(settings | {"precision": "fp32"}, data, device)
-    student, *teachers = (m.to(memory_format=torch.contiguous_format) for m in (run.student, *teachers))
-    parameters = [*student.train().parameters(), *run.adapter.parameters()]
-    optimizer = torch.optim.SGD(parameters, settings["lr"], 0.9, weight_decay=settings["weight_decay"])
+    for model in (run.student, *teachers):
+        model.to(memory_format=torch.contiguous_format)
+    student = run.student.train()
+    parameters = [*student.parameters(), *run.adapter.parameters()]
+    optimizer = torch.optim.SGD(parameters, settings["lr"], momentum=0.9, weight_decay=2e-4)
     workers = 4 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(
         PlainImages(data), settings["batch_size"], shuffle=True, num_workers=workers
@@ -925,7 +927,7 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps: int, re
             images, y = images.to(device), y.to(device)
             with torch.no_grad():
                 t = [Output(*teacher(images)) for teacher in teachers]
-            loss = METHODS[settings["method"]].loss(Output(*student(images)), t, y, run.c)
+            loss = method_loss(settings["method"], Output(*student(images)), t, y, run.c)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -958,27 +960,26 @@ def bench(settings: dict, data: Dataset, args, device) -> None:
     for name, seconds in (("this program", ours), ("plain path", plain)):
         speed = f"{1000 * seconds:9.2f} ms a step {batch / seconds:10.0f} images/s"
         print(f"         {name:<13}{speed}, batch {batch}")
-    print(f"         ratio {plain / ours:.2f} (medians of {repeats} x {steps} steps, after warm-up)")
-    print(f"         {rate / 1e12:.3f} TFLOP/s, {100 * rate / peak:.0f} % of a large matrix product's "
-          f"{peak / 1e12:.3f} here; peak memory {memory / 2**20:.0f} MiB")  # fmt: skip
+    print(f"         ratio {plain / ours:.2f}; medians of {repeats} x {steps} steps, after warm-up")
+    share = f"{100 * rate / peak:.0f} % of a large matrix product's {peak / 1e12:.3f}"
+    print(f"         {rate / 1e12:.3f} TFLOP/s, {share}; peak memory {memory / 2**20:.0f} MiB")
     total = duration(estimate(settings, data, args, device))
     print(f"         the command at {settings['epochs']} epochs, teachers included: about {total}")
 
 
 # ---- results: the table and the picture
 
-# Top-1 in % with ResNet-32, 200 epochs, crop and flip, by method and teacher's method
-PUBLISHED_AT = [("cifar100", 100), ("cifar100", 50), ("cifar100", 10)]
-PUBLISHED_AT += [("cifar10", 100), ("cifar10", 50), ("cifar10", 10)]
+# Top-1 in %, ResNet-32 (from ResNet-32), 200 epochs, crop and flip, at these data sets and ratios.
+PUBLISHED_AT = [(name, imb) for name in ("cifar100", "cifar10") for imb in (100, 50, 10)]
 PUBLISHED = {
-    "ce": ["37.73 [1] 39.62 [2]", "43.78 [1] 44.91 [2]", "56.48 [2]"]
-    + ["71.95 [1] 70.29 [2]", "76.45 [1] 77.09 [2]", "86.74 [2]"],
-    "bsce": ["42.99 [1]", "46.55 [1]", "-", "77.54 [1]", "81.11 [1]", "-"],
-    "kd from ce": ["40.36 [3]", "45.49 [3]", "59.22 [3]", "-", "-", "-"],
-    "kd from bsce": ["45.52 [4]", "50.83 [4]", "-", "78.88 [4]", "82.44 [4]", "-"],
-    "cbd from ce": ["44.83 [5]", "49.19 [5]", "-", "-", "-", "-"],
+    "ce": "37.73 [1], 39.62 [2]|43.78 [1], 44.91 [2]|56.48 [2]"
+    "|71.95 [1], 70.29 [2]|76.45 [1], 77.09 [2]|86.74 [2]",
+    "bsce": "42.99 [1]|46.55 [1]|-|77.54 [1]|81.11 [1]|-",
+    "kd from ce": "40.36 [3]|45.49 [3]|59.22 [3]|-|-|-",
+    "kd from bsce": "45.52 [4]|50.83 [4]|-|78.88 [4]|82.44 [4]|-",
+    "cbd from ce": "44.83 [5]|49.19 [5]|-|-|-|-",
 }
-PUBLISHED_WIDE = {"kd from ce": "42.48 [6]", "ltkd from ce": "51.08 [6]"}  # 32x4 to 8x4, imb 100
+PUBLISHED_WIDE = {"kd from ce": "42.48 [6]", "ltkd from ce": "51.08 [6]"}  # 8x4 from 32x4, imb 100
 SOURCES = {
     "[1]": "zhangyongshun/BagofTricks-LT, its own runs",
     "[2]": "feidfoe/AdjustBnd4Imbalance, README",
@@ -990,16 +991,17 @@ SOURCES = {
 
 
 def published(settings: dict) -> str:
-    """The figure that may stand beside a setting: same data, networks, recipe; else a dash."""
+    """The figure that may stand beside a setting: same data, networks and recipe; else a dash."""
     teachers, where = settings["teachers"], (settings["dataset"], settings["imb"])
-    usual = settings["epochs"] == 200 and len(teachers) < 2 and not deviations(settings)
-    networks = {settings["network"], *(teacher["network"] for teacher in teachers)}
+    networks = [settings["network"], *(teacher["network"] for teacher in teachers)]
     key = " from ".join([settings["method"], *(teacher["method"] for teacher in teachers)])
-    if usual and networks == {"resnet32"} and where in PUBLISHED_AT and key in PUBLISHED:
-        return PUBLISHED[key][PUBLISHED_AT.index(where)]
-    if usual and networks == {"resnet32x4", "resnet8x4"} and where == ("cifar100", 100):
+    if settings["epochs"] != 200 or deviations(settings):
+        return "-"
+    if networks == ["resnet8x4", "resnet32x4"] and where == ("cifar100", 100):
         return PUBLISHED_WIDE.get(key, "-")
-    return "-"
+    if {*networks} != {"resnet32"} or where not in PUBLISHED_AT or key not in PUBLISHED:
+        return "-"
+    return PUBLISHED[key].split("|")[PUBLISHED_AT.index(where)]
 
 
 def finished_runs(folders: list[str]) -> list[dict]:
@@ -1060,8 +1062,8 @@ def table(folders: list[str]) -> None:
         used |= set(re.findall(r"\[\d\]", cells[-1]))
         made |= {f"kd-lt {r['version']} on {device}" for r in group for device in r["devices"]}
         print(f"| {' | '.join(cells)} |")
-    print("\nTop-1 in % on the test set after the last epoch, mean ± sample standard deviation over n")
-    print("seeds; minutes for the last network alone. krdistill is our reconstruction, ltkd our reading.")
+    print("\nTest accuracy in % after the last epoch, mean ± sample standard deviation over n seeds;")
+    print("minutes of the last network alone; krdistill is our reconstruction, ltkd our reading.")
     print(f"Made with {'; '.join(sorted(made))}.")
     for key in sorted(used):
         print(f"{key} {SOURCES[key]}")
@@ -1078,7 +1080,7 @@ def plot(file: str, folders: list[str]) -> None:
     groups = by_setting(finished_runs(folders))
     counts = groups[0][0]["class_counts"]
     if any(group[0]["class_counts"] != counts for group in groups):
-        raise InputError("--plot: these runs have different class counts; give runs of one data set")
+        raise InputError("--plot: these runs differ in class counts; give runs of one data set")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -1092,8 +1094,8 @@ def plot(file: str, folders: list[str]) -> None:
     left.set_zorder(bars.get_zorder() + 1)
     left.patch.set_visible(False)
     for i, group in enumerate(groups):
-        style = dict(marker="osv^Dx*P"[i % 8], linestyle=("-", "--", ":", "-.")[i % 4], markersize=4)
-        style |= dict(color=pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1)))
+        style = {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+        style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1)), "markersize": 4}
         s = group[0]["settings"]
         name = f"{label(s)}, {s['network']}, {s['epochs']} ep., n = {len(group)}"
         means = [mean_of(r["per_class"][c] for r in group for c in part) for part in parts]
@@ -1135,21 +1137,22 @@ def number(kind: type, low: float, high: float = 1e9, above: bool = False) -> Ca
 def method_table() -> str:
     """What stands below --help: two or three lines a method."""
     lines = ["methods, their losses, and the defaults of their own flags:"]
-    for name, m in METHODS.items():
-        teachers = "teachers" if "num_teachers" in m.defaults else "teacher" if m.defaults else "no teacher"
-        own = {key: value for key, value in m.defaults.items() if key not in TEACHER}
+    for name, method in METHODS.items():
+        own = {key: value for key, value in method.defaults.items() if key not in TEACHER}
         own |= {"bkd_start": "0 (cifar10: 0.8)"} if "bkd_start" in own else {}
         flags = "".join(f" --{key.replace('_', '-')} {value}" for key, value in own.items())
-        lines += [f"  {name:<10} {m.formula}", f"{'':13}{m.source}"]
-        lines += [f"{'':13}{m.sampler}-balanced batches, {m.head} head, {teachers};{flags}".rstrip(";")]
+        teachers = "K teachers" if name == "cbd" else "1 teacher" if own else "no teacher"
+        about = f"{method.sampler}-balanced batches, {method.head} head, {teachers}"
+        lines += [f"  {name:<10} {method.formula}", f"{'':13}{method.source}", f"{'':13}{about}"]
+        lines += [f"{'':12}{flags}"] if flags else []
     return "\n".join(lines)
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kd_lt.py",
-        description="Knowledge distillation for long-tailed recognition: train the teacher or reuse "
-        "it, distil the student, report accuracy on many-, medium- and few-shot classes.",
+        description="Knowledge distillation for long-tailed recognition: train the teacher or "
+        "reuse it, distil the student, report many-, medium- and few-shot accuracy.",
         epilog=method_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -1157,42 +1160,43 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     positive, weight = number(int, 1), number(float, 0)
     add = parser.add_argument_group("run").add_argument
     add("--method", choices=METHODS, default="bkd", help="see below (default: bkd)")
-    add("--dataset", metavar="NAME", help="cifar100 (default), cifar10, synthetic, or FILE.npz with uint8 "
-        "images of 32x32 x_train, x_test and integer labels y_train, y_test")  # fmt: skip
-    add("--imb", type=number(float, 1), default=100.0, help="largest class / smallest (default: 100)")
-    add("--imb-type", choices=("exp", "step"), default="exp", help="shape of the tail (default: exp)")
+    add("--dataset", metavar="NAME", help="cifar100 (default), cifar10, synthetic, or FILE.npz with"
+        " x_train, x_test (uint8, 32x32), y_train, y_test (integers)")  # fmt: skip
+    add("--imb", type=number(float, 1), default=100.0, help="largest class / smallest; default 100")
+    add("--imb-type", choices=("exp", "step"), default="exp", help="shape of the tail; default exp")
     add("--subset-seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="which images are kept; the default, 0, is the published subset")  # fmt: skip
-    add("--student", choices=NETWORKS, metavar="NETWORK", help=f"default resnet32; {', '.join(NETWORKS)}")
-    add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default resnet32; trained or reused")
-    add("--teacher-method", choices=("ce", "bsce"), help="how the teacher is trained (default: ce)")
-    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="use this run folder or last.pt instead")
-    add("--num-teachers", type=positive, help="cbd: their number; the second half sees distorted colours")
-    add("--seed", type=number(int, 0), default=0, help="of all else that is random (default: 0)")
+        help="which images are kept; default 0, the published subset")  # fmt: skip
+    add("--student", choices=NETWORKS, metavar="NETWORK",
+        help=f"default resnet32; one of {', '.join(NETWORKS)}")  # fmt: skip
+    add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default resnet32")
+    add("--teacher-method", choices=("ce", "bsce"), help="how the teacher is trained; default ce")
+    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="a run folder or last.pt to use")
+    add("--num-teachers", type=positive, help="cbd; the second half trains on distorted colours")
+    add("--seed", type=number(int, 0), default=0, help="of all else that is random; default 0")
     add = parser.add_argument_group("recipe of teacher and student").add_argument
-    add("--epochs", type=positive, help="default: 200")
-    add("--batch-size", type=positive, help="default: 128")
-    add("--lr", type=number(float, 0, above=True), help="default: 0.1")
-    add("--weight-decay", type=weight, help="default: 0.0002")
+    add("--epochs", type=positive, help="default 200")
+    add("--batch-size", type=positive, help="default 128")
+    add("--lr", type=number(float, 0, above=True), help="default 0.1")
+    add("--weight-decay", type=weight, help="default 0.0002")
     add = parser.add_argument_group("loss (defaults below)").add_argument
     add("--temperature", type=number(float, 0, above=True), help="T of the softened probabilities")
-    add("--alpha", type=weight, help="weight of distillation; krdistill: of L_LRD, 0 switches it off")
-    add("--beta", type=weight, help="bkd: effective number; cbd: weight of L_FD; ltkd: of within-group KL")
-    add("--gamma", type=weight, help="krdistill: weight of L_RRD, 0 switches it off")
-    add("--bkd-start", type=number(float, 0, 1), help="share of training after which bkd's weights act")
+    add("--alpha", type=weight, help="of distillation; krdistill: of L_LRD, 0 switches it off")
+    add("--beta", type=weight, help="bkd: of effective numbers; cbd: of L_FD; ltkd: within groups")
+    add("--gamma", type=weight, help="krdistill: of L_RRD, 0 switches it off")
+    add("--bkd-start", type=number(float, 0, 1), help="share of training before bkd's weights act")
     add = parser.add_argument_group("where and how").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="default: auto, which is bf16 where the hardware has it")  # fmt: skip
-    add("--eval-every", type=positive, help="epochs between tests (default: 1; on a CPU 5)")
-    add("--data-dir", default="data", help="where CIFAR is, or goes (default: data)")
-    add("--runs-dir", help="where runs are kept (default: runs)")
-    add("--smoke", action="store_true", help="a run of seconds: other defaults, namely "
-        + ", ".join(f"{key.replace('_', '-')} {value}" for key, value in SMOKE.items()))  # fmt: skip
+        help="default auto: bf16 where the hardware has it")  # fmt: skip
+    add("--eval-every", type=positive, help="epochs between tests; default 1, on a CPU 5")
+    add("--data-dir", default="data", help="where CIFAR is, or goes; default data")
+    add("--runs-dir", help="where runs are kept; default runs")
+    smoke = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in SMOKE.items())
+    add("--smoke", action="store_true", help=f"a run of seconds, by other defaults: {smoke}")
     add = parser.add_argument_group("instead of a run").add_argument
-    add("--bench", action="store_true", help="measure the training step of these flags on this device")
-    add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown (default: runs)")
-    add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs to a .png or .svg")
+    add("--bench", action="store_true", help="measure the training step on this device")
+    add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown; default runs")
+    add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs, .png or .svg")
     return parser.parse_args(argv)
 
 
@@ -1205,7 +1209,8 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
     count = hyper.pop("num_teachers", 1 if method.defaults else 0)
     same = ("dataset", "imb", "imb_type", "subset_seed", "method", "seed", *RECIPE)
     settings = {key: getattr(args, key) for key in same} | {"data": data.digest, "hyper": hyper}
-    settings |= {"network": args.student, "head": method.head, "colour": False, "precision": precision}
+    settings |= {"network": args.student, "head": method.head, "colour": False}
+    settings["precision"] = precision
     if args.teacher_checkpoint:
         teachers = [checkpoint_identity(path, settings) for path in args.teacher_checkpoint]
     else:  # other seeds than the student's, or it would start as its own untrained teacher
@@ -1272,19 +1277,22 @@ def run_command(args: argparse.Namespace) -> None:
     check_flags(args)
     device, precision = choose_device(args)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
-    settings, method, counts = resolve(args, data, precision), METHODS[args.method], data.class_counts
+    settings = resolve(args, data, precision)
     if args.bench:
         return bench(settings, data, args, device)
+    method, counts = METHODS[args.method], data.class_counts
     groups = ", ".join(
         f"{sum(low <= n <= high for n in counts)} {group}" for group, (low, high) in GROUPS.items()
     )
     own = "".join(f", {key} {value:g}" for key, value in settings["hyper"].items())
     recipe = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in RECIPE)
-    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {sum(counts):,} training images, "
-          f"{max(counts)}..{min(counts)} a class; {len(counts)} classes: {groups}; "
-          f"{len(data.test_targets):,} test images")  # fmt: skip
-    print(f"method   {args.method}{own}: {method.formula}; {method.source}")
-    print(f"recipe   {recipe}, seed {args.seed}; {describe(device)}, {precision}", flush=True)
+    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {sum(counts):,} training images,")
+    print(f"         {max(counts)}..{min(counts)} a class, {len(counts)} classes: {groups};")
+    print(f"         {len(data.test_targets):,} test images")
+    print(f"method   {args.method}{own}: {method.formula}")
+    print(f"         {method.source}")
+    print(f"recipe   {recipe}, seed {args.seed}")
+    print(f"device   {describe(device)}, {precision}", flush=True)
     if device.type == "cpu":
         seconds = estimate(settings, data, args, device)
         print(f"time     about {duration(seconds)} here, teachers included", flush=True)
