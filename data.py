@@ -337,7 +337,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the literature
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
-    """scale, shift (3, 1, 1); luma (3,), luma matrix, hue matrix (3, 3): copied to a device once."""
+    """scale, shift (3, 1, 1); luma (3,), luma and hue matrix (3, 3): copied to a device once."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     quarter_turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
@@ -395,7 +395,7 @@ class Batches:
 
     def __init__(self, images, targets, class_counts, batch_size, device, sampler, colour=False):
         count = len(targets)
-        padded = F.pad(images.to(device), (4, 4, 4, 4))  # zeros around the raw image, then normalise
+        padded = F.pad(images.to(device), (4, 4, 4, 4))  # of the raw image: pad, then normalise
         padded = torch.cat([padded, padded.flip(3)]).permute(0, 2, 3, 1).contiguous()
         # Every crop of every image and of its mirror, as a view (2N, 9, 9, 3, 32, 32): a batch is
         # one gather, and comes out in channels_last.
@@ -407,7 +407,7 @@ class Batches:
         self.colours = torch.zeros(count, 10, device=device) if colour else None
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.offsets = torch.arange(min(batch_size, count), device=device)
-        self.sizes = [len(part) for part in self.targets.split(batch_size)]  # the last may be partial
+        self.sizes = [len(part) for part in self.targets.split(batch_size)]  # last: maybe partial
 
     def shuffle(self, generator: torch.Generator) -> None:
         """Draw the next epoch from a CPU generator."""
@@ -424,7 +424,7 @@ class Batches:
         self.position.zero_()
 
     def next(self, size: int) -> tuple[Tensor, Tensor]:
-        """The next `size` draws: images float32 (size, 3, 32, 32) channels_last, targets (size,)."""
+        """The next draws: images float32 (size, 3, 32, 32) in channels_last, targets (size,)."""
         index = self.position + self.offsets[:size]
         row, top, left, targets = self.draws[:, index]
         images = self.windows[row, top, left]

@@ -9,7 +9,6 @@ training loop for teachers and students, and behind them run folders, reports an
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -301,7 +300,7 @@ class Output(NamedTuple):
 class Method:
     formula: str
     source: str
-    defaults: dict = field(default_factory=dict)  # of its own flags; only a distilling method has any
+    defaults: dict = field(default_factory=dict)  # of its flags; only those that distil have any
     sampler: str = "instance"
     head: str = "linear"  # of student and teachers
 
@@ -353,7 +352,8 @@ def method_loss(method: str, s: Output, t: list[Output], y: Tensor, c: SimpleNam
             features = [teacher.features for teacher in t]
             return cbd_loss(s.logits, s.features, features, y, c.alpha, c.beta)
         case "krdistill":
-            g, r = c.adapter(s.features), rectify_features(t[0].features, y, c.class_means, c.prototypes)
+            g = c.adapter(s.features)
+            r = rectify_features(t[0].features, y, c.class_means, c.prototypes)
             weights = (c.class_counts, c.temperature, c.alpha, c.gamma)
             return krdistill_loss(s.logits, g, t[0].logits + c.teacher_tilt, r, y, *weights)
         case "ltkd":
@@ -502,8 +502,8 @@ def train(
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise RunError(
-                f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}: try a smaller "
-                f"--lr. {folder} keeps the checkpoint of the epoch before, if there was one"
+                f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}: try a "
+                f"smaller --lr. {folder} keeps the checkpoint of the epoch before, if there was one"
             )
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
         row["loss"] = sum(loss * size for loss, size in zip(losses, sizes)) / images
@@ -596,11 +596,8 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
+    finally:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
-        raise
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -609,9 +606,11 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not the JSON that kd_lt.py wrote ({error})") from None
+        content = json.loads(path.read_text())
+        content["settings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not what kd_lt.py wrote ({error})") from None
+    return content
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -647,11 +646,11 @@ def claim(settings: dict, folder: Path, device) -> dict | None:
     """A finished run's result; None after claiming the folder of a new or unfinished one."""
     config, result = folder / "config.json", folder / "result.json"
     if config.exists():
-        stored = read_json(config).get("settings", {})
+        stored = read_json(config)["settings"]
         differing = sorted(k for k in settings | stored if settings.get(k) != stored.get(k))
         if differing:
             raise InputError(
-                f"{folder} holds another run, its config.json differs in {', '.join(differing)}: it is "
+                f"{folder} holds another run, config.json differs in {', '.join(differing)}: it is "
                 f"not reused and not overwritten; move it away or choose another --runs-dir"
             )
         return read_json(result) if result.exists() else None
@@ -738,7 +737,7 @@ def describe(device: torch.device) -> str:
 
 
 def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) -> dict:
-    """The result of this run: the stored one if it is finished, else trained now, teachers first."""
+    """The result of this run: stored if it is finished, else trained now, teachers first."""
     folder, runs_dir = Path(args.runs_dir) / run_name(settings), Path(args.runs_dir)
     what = f"{'teacher' if teacher else 'student'}  {settings['network']}, {settings['method']}, "
     what += f"seed {settings['seed']}"
@@ -845,7 +844,8 @@ def report(folder: Path, result: dict) -> None:
 def untrained(settings: dict, data: Dataset, device) -> tuple[SimpleNamespace, list[nn.Module]]:
     """A run with teachers of the right shape that know nothing: for timing, not for training."""
     num_classes = len(data.class_counts)
-    teachers = [build_model(t["network"], num_classes, t["head"]) for t in settings["teachers"]]
+    with torch.random.fork_rng(devices=[]):
+        teachers = [build_model(t["network"], num_classes, t["head"]) for t in settings["teachers"]]
     for model in teachers:
         model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return set_up(settings, data, teachers, device), teachers
@@ -906,7 +906,7 @@ class PlainImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         top, left, mirrored = (int(torch.randint(n, ())) for n in (9, 9, 2))
         image = self.images[i, :, top : top + 32, left : left + 32]
-        return normalise(image.flip(2) if mirrored else image)[0], self.targets[i]
+        return normalise(image.flip(2) if mirrored else image), self.targets[i]
 
 
 def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats) -> float:
@@ -1062,8 +1062,8 @@ def table(folders: list[str]) -> None:
         used |= set(re.findall(r"\[\d\]", cells[-1]))
         made |= {f"kd-lt {r['version']} on {device}" for r in group for device in r["devices"]}
         print(f"| {' | '.join(cells)} |")
-    print("\nTest accuracy in % after the last epoch, mean ± sample standard deviation over n seeds;")
-    print("minutes of the last network alone; krdistill is our reconstruction, ltkd our reading.")
+    print("\nTest accuracy in % after the last epoch, mean ± sample standard deviation over n")
+    print("seeds; minutes of the last network alone; krdistill is our reconstruction, ltkd our reading.")
     print(f"Made with {'; '.join(sorted(made))}.")
     for key in sorted(used):
         print(f"{key} {SOURCES[key]}")
@@ -1077,44 +1077,45 @@ def plot(file: str, folders: list[str]) -> None:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     if Path(file).suffix not in (".png", ".svg"):
         raise InputError(f"--plot {file}: the name must end in .png or .svg")
-    groups = by_setting(finished_runs(folders))
-    counts = groups[0][0]["class_counts"]
-    if any(group[0]["class_counts"] != counts for group in groups):
-        raise InputError("--plot: these runs differ in class counts; give runs of one data set")
+    data = {}  # a row of the picture for each
+    for group in by_setting(finished_runs(folders)):
+        s = group[0]["settings"]
+        name = f"{s['dataset']}, imb {s['imb']:g} ({s['imb_type']})"
+        data.setdefault((name, *group[0]["class_counts"]), []).append(group)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    parts = class_buckets(counts, 20)
-    ranked = sum(parts, [])
-    middles = [statistics.fmean(ranked.index(c) for c in part) for part in parts]
-    bars = left.twinx()
-    bars.fill_between(range(len(counts)), [counts[c] for c in ranked], color="0.88", step="mid")
-    bars.set(yscale="log", ylabel="training images of the class (grey)")
-    left.set_zorder(bars.get_zorder() + 1)
-    left.patch.set_visible(False)
-    for i, group in enumerate(groups):
-        style = {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
-        style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1)), "markersize": 4}
-        s = group[0]["settings"]
-        name = f"{label(s)}, {s['network']}, {s['epochs']} ep., n = {len(group)}"
-        means = [mean_of(r["per_class"][c] for r in group for c in part) for part in parts]
-        left.plot(middles, means, label=name, **style)
-        logs = [(r["folder"] / "log.jsonl").read_text().splitlines()[1:] for r in group]
-        rows = [[row for row in map(json.loads, log) if "top1" in row] for log in logs]
-        shared = sorted(set.intersection(*({row["epoch"] for row in log} for log in rows)))
-        tops = [{row["epoch"]: row["top1"] for row in log} for log in rows]
-        right.plot(shared, [statistics.fmean(t[e] for t in tops) for e in shared], **style)
-    size = len(parts[0])
-    left.set(xlabel="class, from most to fewest training images", ylim=(0, None))
-    left.set(ylabel=f"test accuracy in %{f', mean of {size} neighbouring classes' * (size > 1)}")
-    right.set(xlabel="epoch", ylabel="top-1 test accuracy in %")
-    right.grid(alpha=0.3)
-    s = groups[0][0]["settings"]
-    figure.suptitle(f"{s['dataset']}, imb {s['imb']:g} ({s['imb_type']}), mean over seeds")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    size = {"figsize": (13, 5.5 * len(data)), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(len(data), 2, **size)
+    for (left, right), ((name, *counts), groups) in zip(axes, data.items()):
+        buckets = class_buckets(counts, 20)
+        ranked = [c for bucket in buckets for c in bucket]
+        middles = [statistics.fmean(map(ranked.index, bucket)) for bucket in buckets]
+        bars = left.twinx()
+        bars.fill_between(range(len(counts)), [counts[c] for c in ranked], color="0.88", step="mid")
+        bars.set(yscale="log", ylabel="training images of the class (grey)")
+        left.set_zorder(bars.get_zorder() + 1)
+        left.patch.set_visible(False)
+        for i, group in enumerate(groups):
+            style = {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+            style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1))}
+            s = group[0]["settings"]
+            style["label"] = f"{label(s)}, {s['network']}, {s['epochs']} epochs, n = {len(group)}"
+            means = [mean_of(r["per_class"][c] for r in group for c in part) for part in buckets]
+            left.plot(middles, means, markersize=4, **style)
+            logs = [(r["folder"] / "log.jsonl").read_text().splitlines()[1:] for r in group]
+            rows = [row for log in logs for row in map(json.loads, log) if "top1" in row]
+            epochs = sorted({row["epoch"] for row in rows})
+            tops = [mean_of(row["top1"] for row in rows if row["epoch"] == e) for e in epochs]
+            right.plot(epochs, tops, markersize=4, markevery=max(1, len(epochs) // 10), **style)
+        mean = f", means of {len(buckets[0])} neighbouring classes" * (len(buckets[0]) > 1)
+        left.set(title=name, xlabel="class, from most to fewest training images", ylim=(0, None))
+        left.set(ylabel=f"test accuracy in %{mean}")
+        right.set(title="mean over seeds", xlabel="epoch", ylabel="top-1 test accuracy in %")
+        right.grid(alpha=0.3)
+        right.legend(fontsize=8)
     figure.savefig(file, dpi=150)
-    print(f"plot     {file}: {len(groups)} settings, {sum(map(len, groups))} runs")
+    print(f"plot     {file}: {sum(map(len, data.values()))} settings")
 
 
 # ---- flags
@@ -1209,6 +1210,7 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
     count = hyper.pop("num_teachers", 1 if method.defaults else 0)
     same = ("dataset", "imb", "imb_type", "subset_seed", "method", "seed", *RECIPE)
     settings = {key: getattr(args, key) for key in same} | {"data": data.digest, "hyper": hyper}
+    settings["dataset"] = Path(args.dataset).name  # a file by its content, wherever it lies
     settings |= {"network": args.student, "head": method.head, "colour": False}
     settings["precision"] = precision
     if args.teacher_checkpoint:
@@ -1270,10 +1272,11 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
 
 
 def run_command(args: argparse.Namespace) -> None:
+    runs = [args.runs_dir or (SMOKE["runs_dir"] if args.smoke else "runs")]
     if args.table is not None:
-        return table(args.table or [args.runs_dir or "runs"])
+        return table(args.table or runs)
     if args.plot:
-        return plot(args.plot[0], args.plot[1:] or [args.runs_dir or "runs"])
+        return plot(args.plot[0], args.plot[1:] or runs)
     check_flags(args)
     device, precision = choose_device(args)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
@@ -1286,9 +1289,9 @@ def run_command(args: argparse.Namespace) -> None:
     )
     own = "".join(f", {key} {value:g}" for key, value in settings["hyper"].items())
     recipe = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in RECIPE)
-    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {sum(counts):,} training images,")
-    print(f"         {max(counts)}..{min(counts)} a class, {len(counts)} classes: {groups};")
-    print(f"         {len(data.test_targets):,} test images")
+    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {sum(counts):,} training images, "
+          f"{max(counts)}..{min(counts)} a class")  # fmt: skip
+    print(f"         {len(counts)} classes: {groups}; {len(data.test_targets):,} test images")
     print(f"method   {args.method}{own}: {method.formula}")
     print(f"         {method.source}")
     print(f"recipe   {recipe}, seed {args.seed}")
@@ -1315,7 +1318,7 @@ def main(argv: list[str] | None = None) -> int:
         message = f"CUDA ran out of memory with --batch-size {args.batch_size}: try a smaller one"
         status = 1
     except OSError as error:
-        message, status = f"{error.filename or 'input or output'}: {error.strerror or error}", 1
+        message, status = f"{error.filename or args.runs_dir}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         message, status = "interrupted; the same command continues after the last whole epoch", 130
     print(f"kd_lt.py: {message}", file=sys.stderr)
