@@ -62,13 +62,18 @@ def log_prior(class_counts: Sequence[float] | Tensor, logits: Tensor) -> Tensor:
     return (counts / counts.sum()).log().to(logits)
 
 
-def distillation_kl(target_log_probs: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 mean_B sum_c q_c (log q_c - log softmax(z^s/T)_c), with target_log_probs log q (B, C)."""
-    if target_log_probs.shape != student_logits.shape:
-        shapes = f"{tuple(target_log_probs.shape)} and {tuple(student_logits.shape)}"
-        raise ValueError(f"teacher and student logits must have one shape, not {shapes}")
+def check_pair(student: Tensor, teacher: Tensor, what: str, temperature: float = 1.0) -> None:
+    """ValueError unless both have one shape and the temperature is positive."""
+    if student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"student and teacher {what} must have one shape, not {shapes}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+
+
+def distillation_kl(target_log_probs: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 mean_B sum_c q_c (log q_c - log softmax(z^s/T)_c), with target_log_probs log q (B, C)."""
+    check_pair(student_logits, target_log_probs, "logits", temperature)
     log_probs = F.log_softmax(student_logits / temperature, dim=1)
     divergence = F.kl_div(log_probs, target_log_probs, reduction="batchmean", log_target=True)
     return temperature**2 * divergence
@@ -133,7 +138,9 @@ def bkd_loss(
     student_logits, teacher_logits (B, C), targets (B,) int64, class_counts (C,). Scalar, mean over
     the batch; the KL term is multiplied by T^2. ValueError as kd_loss, and for beta not in [0, 1).
     """
-    log_w = effective_number_weights(class_counts, beta).log().to(teacher_logits)  # (C,)
+    check_pair(student_logits, teacher_logits, "logits", temperature)
+    counts = as_counts(class_counts, student_logits.shape[1])
+    log_w = effective_number_weights(counts, beta).log().to(teacher_logits)  # (C,)
     q = F.log_softmax(teacher_logits.detach() / temperature + log_w, dim=1)
     ce = F.cross_entropy(student_logits, targets)
     return ce + alpha * distillation_kl(q, student_logits, temperature)
@@ -155,9 +162,7 @@ def cbd_loss(
     (B, D_k), targets (B,) int64. Scalar, mean over the batch. ValueError where the widths differ.
     """
     t = torch.cat([F.normalize(features.detach(), dim=1) for features in teacher_features], dim=1)
-    if student_features.shape != t.shape:
-        shapes = f"{tuple(student_features.shape)} and {tuple(t.shape)}"
-        raise ValueError(f"student features must be as wide as all teachers together, not {shapes}")
+    check_pair(student_features, t, "features (all teachers' joined)")
     ce = F.cross_entropy(student_logits, targets)
     l_fd = (1 - F.cosine_similarity(student_features, t, dim=1)).mean()
     return (1 - alpha) * ce + alpha * beta * l_fd
@@ -225,10 +230,11 @@ def krdistill_loss(
     linearly to the teacher's width; rectified_features (B, D): r, from rectify_features; targets
     (B,) int64; class_counts (C,). Scalar, mean over the batch; L_LRD contains the factor T^2.
     """
+    check_pair(student_features, rectified_features, "features")
     q = rectify_logits(teacher_logits.detach(), targets, class_counts) / temperature
-    r = rectified_features.detach()
     ce = balanced_softmax_loss(student_logits, targets, class_counts)
     l_lrd = distillation_kl(F.log_softmax(q, dim=1), student_logits, temperature)
+    r = rectified_features.detach()
     l_rrd = (1 - F.cosine_similarity(student_features, r, dim=1)).mean()
     return ce + alpha * l_lrd + gamma * l_rrd
 
@@ -246,7 +252,9 @@ def grouped_kl(
     KL(softmax(z^t/T) || softmax(z^s/T)) exactly. balance=True: the teacher's group masses are
     rescaled so that the batch's sums are uniform, and every group's inner KL counts in full (LTKD).
     """
-    counts, num_classes = as_counts(class_counts, student_logits.shape[1]), student_logits.shape[1]
+    check_pair(student_logits, teacher_logits, "logits", temperature)
+    num_classes = student_logits.shape[1]
+    counts = as_counts(class_counts, num_classes)
     if num_classes < 3:
         raise ValueError(f"head, medium and tail need at least 3 classes, not {num_classes}")
     third = round(0.33 * num_classes)
