@@ -721,11 +721,15 @@ def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]
     path, checkpoint = read_checkpoint(folder)
     if (checkpoint["settings"], checkpoint["network"]) != (run.settings, run.network):
         raise InputError(f"{path} is not of the run that config.json there describes: move it away")
-    run.student.load_state_dict(checkpoint["student"])
-    run.adapter.load_state_dict(checkpoint["adapter"])
-    for buffer, saved in zip(run.momentum, checkpoint["momentum"]):
-        buffer.copy_(saved)
-    generator.set_state(checkpoint["generator"])
+    try:
+        run.student.load_state_dict(checkpoint["student"])
+        run.adapter.load_state_dict(checkpoint["adapter"])
+        for buffer, saved in zip(run.momentum, checkpoint["momentum"], strict=True):
+            buffer.copy_(saved)
+        generator.set_state(checkpoint["generator"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} does not fit its own settings: move it away ({reason})") from None
     done = checkpoint["epoch"]
     # the log is written before the checkpoint: drop the line of an epoch that will be run again
     lines = log.read_bytes().splitlines(keepends=True)[: 1 + done]
@@ -775,18 +779,21 @@ def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) 
         return result
 
 
-def checkpoint_identity(given: str, settings: dict) -> dict:
+def checkpoint_identity(given: str, settings: dict, num_classes: int) -> dict:
     """What a --teacher-checkpoint is, checked against its own settings and against this run's."""
     path, checkpoint = read_checkpoint(given)
     stored = checkpoint["settings"]
+    load_run(path)
     for key in ("dataset", "data", "imb", "imb_type", "subset_seed", "head"):
         if stored.get(key) != settings[key]:
             both = f"its {key} is {stored.get(key)}, this run's is {settings[key]}"
             raise InputError(f"--teacher-checkpoint {given}: {both}")
+    classes = checkpoint["network"]["num_classes"]
+    if classes != num_classes:
+        raise InputError(f"--teacher-checkpoint {given}: of {classes} classes, not {num_classes}")
     if checkpoint["epoch"] != stored["epochs"]:
         at = f"stopped at epoch {checkpoint['epoch']} of {stored['epochs']}"
         raise InputError(f"--teacher-checkpoint {given}: {at}; finish it or give another")
-    load_run(path)
     identity = {key: stored[key] for key in ("network", "method", "head", "colour")}
     return identity | {"checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
 
@@ -894,6 +901,10 @@ def estimate(settings: dict, data: Dataset, args, device) -> float:
     total = 0.0
     for one in [settings, *(teacher for teacher in own if "checkpoint" not in teacher)]:
         log = Path(args.runs_dir) / run_name(one) / "log.jsonl"
+        if (log.parent / "result.json").exists():
+            if one is settings:
+                break
+            continue
         left = one["epochs"] - (log.read_bytes().count(b"\n") - 1 if log.exists() else 0)
         tests = math.ceil(left / args.eval_every) * len(data.test_targets)
         run = untrained(one, few, device)[0]
@@ -1202,7 +1213,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--runs-dir", help="where runs are kept; default runs")
     smoke = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in SMOKE.items())
     add("--smoke", action="store_true", help=f"a run of seconds, by other defaults: {smoke}")
-    add = parser.add_argument_group("instead of a run").add_argument
+    add = parser.add_argument_group("instead of a run").add_mutually_exclusive_group().add_argument
     add("--bench", action="store_true", help="measure the training step on this device")
     add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown; default runs")
     add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs, .png or .svg")
@@ -1222,7 +1233,8 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
     settings |= {"network": args.student, "head": method.head, "colour": False}
     settings["precision"] = precision
     if args.teacher_checkpoint:
-        teachers = [checkpoint_identity(path, settings) for path in args.teacher_checkpoint]
+        classes = len(data.class_counts)
+        teachers = [checkpoint_identity(p, settings, classes) for p in args.teacher_checkpoint]
     else:  # other seeds than the student's, or it would start as its own untrained teacher
         network, by = args.teacher, args.teacher_method
         teachers = [
@@ -1288,6 +1300,8 @@ def run_command(args: argparse.Namespace) -> None:
     check_flags(args)
     device, precision = choose_device(args)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
+    if args.method == "ltkd" and len(data.class_counts) < 3:
+        raise InputError(f"--method ltkd needs at least 3 classes, {args.dataset} has 2")
     settings = resolve(args, data, precision)
     if args.bench:
         return bench(settings, data, args, device)
@@ -1305,15 +1319,16 @@ def run_command(args: argparse.Namespace) -> None:
     print(f"recipe   {recipe}, seed {args.seed}")
     print(f"device   {describe(device)}, {precision}", flush=True)
     if device.type == "cpu":
-        seconds = estimate(settings, data, args, device)
-        print(f"time     about {duration(seconds)} here, teachers included", flush=True)
+        left = duration(estimate(settings, data, args, device))
+        print(f"time     about {left} here, teachers included", flush=True)
     result = execute(settings, data, args, device)
     report(Path(args.runs_dir) / run_name(settings), result)
 
 
 def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without block characters still gets text
+        if hasattr(stream, "reconfigure"):  # a terminal without block characters still gets text
+            stream.reconfigure(errors="replace")
     args = parse_flags(argv)
     try:
         run_command(args)
