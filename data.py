@@ -57,6 +57,19 @@ class InputError(Exception):
     """Something the user gave is wrong: a flag, a file or a folder. Shown without a traceback."""
 
 
+def write_whole(path: Path, content: bytes, suffix: str = ".partial") -> None:
+    """Write beside and rename: the name never stands for half a file, whenever the power fails."""
+    partial = path.with_name(path.name + suffix)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:  # also after Ctrl-C
+        partial.unlink(missing_ok=True)
+
+
 # ---- long-tailed subsets
 
 def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp") -> list[int]:
@@ -199,25 +212,13 @@ def _unpack(archive: BinaryIO, folder: Path, wanted: dict[str, str]) -> None:
                 raw = tar.extractfile(entry).read()
                 if hashlib.sha256(raw).hexdigest() != wanted.pop(file):
                     raise InputError(f"{entry.name} in it is not the original (SHA-256 differs)")
-                _place(folder / file, raw)
+                folder.mkdir(exist_ok=True)
+                write_whole(folder / file, raw, f".{secrets.token_hex(8)}.tmp")  # unique
                 if not wanted:
                     return
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise InputError(f"not a whole .tar.gz archive: {error}") from None
     raise InputError(f"lacks {', '.join(wanted)} in {folder.name}")
-
-
-def _place(path: Path, raw: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")  # another run may be here
-    try:
-        with open(temporary, "xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:  # also after Ctrl-C
-        temporary.unlink(missing_ok=True)
 
 
 # ---- other data

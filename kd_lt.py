@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
-"""Knowledge distillation for long-tailed recognition: vanilla KD, BKD, CBD, KRDistill, LTKD.
+"""Knowledge distillation for long-tailed recognition: vanilla KD, BKD, CBD, LTKD (our reading) and
+KRDistill (our reconstruction).
 
     python kd_lt.py --method bkd --imb 100        train a teacher, distil a student, report
 
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Batches, Dataset, InputError, load_dataset, normalise
+from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
 from models import NETWORKS, build_model
 
 VERSION = "1.0.0"
@@ -311,6 +313,8 @@ class Method:
     defaults: dict = field(default_factory=dict)  # of its flags; only those that distil have any
     sampler: str = "instance"
     head: str = "linear"  # of student and teachers
+    projects: bool = False  # the student's features to the teachers' total width, where it differs
+    rectifies: bool = False  # the teacher, by its class means; and maps features to it linearly
 
 
 TEACHER = {"teacher": "resnet32", "teacher_method": "ce"}
@@ -330,11 +334,13 @@ METHODS = {
         TEACHER | {"num_teachers": 1, "alpha": 0.4, "beta": 100.0},
         sampler="class",
         head="cosine",
+        projects=True,
     ),
     "krdistill": Method(
         "CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
         "our reconstruction from the abstract of arXiv 2409.07694",
         SOFT | {"gamma": 2.0},
+        rectifies=True,
     ),
     "ltkd": Method(
         "CE + T^2 (alpha KL across groups + beta KL within groups)",
@@ -354,7 +360,7 @@ def method_loss(method: str, s: Output, t: list[Output], y: Tensor, c: SimpleNam
         case "kd":
             return kd_loss(s.logits, t[0].logits, y, c.temperature, c.alpha)
         case "bkd":
-            weights = (c.bkd_counts, c.temperature, c.alpha, c.beta)
+            weights = (c.weight_counts, c.temperature, c.alpha, c.beta)
             return bkd_loss(s.logits, t[0].logits, y, *weights)
         case "cbd":
             features = [teacher.features for teacher in t]
@@ -392,13 +398,14 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
     counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
     width = sum(teacher.num_features for teacher in teachers)
     network = {"name": name, "num_classes": len(counts), "head": settings["head"]}
-    if settings["method"] == "cbd" and width != NETWORKS[name][2][-1]:
+    own_width = NETWORKS[name][2][-1]  # the last stage's channels
+    if method.projects and width != own_width:
         network["projection"] = width
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
         torch.manual_seed(settings["seed"])
         student, adapter = build_model(**network), nn.Identity()
-        if settings["method"] == "krdistill":  # g, from the student's to the teacher's width
-            adapter = nn.Linear(student.num_features, width)
+        if method.rectifies:  # g, from the student's to the teacher's width
+            adapter = nn.Linear(own_width, width)
     student.to(device, memory_format=torch.channels_last)
     parameters = [*student.parameters(), *adapter.to(device).parameters()]
     rate = torch.tensor(0.0, device=device)  # a tensor, so that a captured step reads its new value
@@ -410,16 +417,13 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
     train = (data.train_images, data.train_targets, data.class_counts)
     batches = Batches(*train, settings["batch_size"], device, method.sampler, settings["colour"])
     mixed = autocast(device, settings["precision"])
-    c = SimpleNamespace(**hyper, class_counts=counts, bkd_counts=counts.clone(), adapter=adapter)
-    if settings["method"] == "krdistill":
-        features = predict(teachers[0], data.train_images, device, mixed).features.double()
-        y = data.train_targets.to(device)
-        sums = torch.zeros(len(counts), width, dtype=torch.float64, device=device)
-        c.class_means = (sums.index_add_(0, y, features) / counts[:, None]).float()
+    c = SimpleNamespace(**hyper, class_counts=counts, weight_counts=counts.clone(), adapter=adapter)
+    if method.rectifies:
+        c.class_means = class_means(teachers[0], data, device, mixed)
         c.prototypes = balanced_prototypes(c.class_means)
-        # rectify_logits takes log pi out, but a balanced-softmax teacher's logits never had it in
-        tilted = settings["teachers"][0]["method"] != "bsce"
-        c.teacher_tilt = 0.0 if tilted else (counts / counts.sum()).log().float()
+        # rectify_logits takes log pi out, but logits learned under z + log pi never had it in
+        without = settings["teachers"][0]["method"] in ("bsce", "krdistill")
+        c.teacher_tilt = (counts / counts.sum()).log().float() if without else 0.0
     losses, correct = torch.zeros(len(batches.sizes), device=device), torch.zeros((), device=device)
     index = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its epoch
 
@@ -441,7 +445,7 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
         rate.fill_(learning_rate(epoch, settings["epochs"], settings["lr"]))
         if "bkd_start" in hyper:  # equal counts give equal weights: until then BKD is KD
             active = epoch >= hyper["bkd_start"] * settings["epochs"]
-            c.bkd_counts.copy_(counts if active else torch.ones_like(counts))
+            c.weight_counts.copy_(counts if active else torch.ones_like(counts))
         student.train()
         batches.shuffle(generator)
         index.zero_()
@@ -542,6 +546,14 @@ def predict(model: nn.Module, images: Tensor, device, mixed: Callable) -> Output
     return Output(*map(torch.cat, zip(*parts)))
 
 
+def class_means(model: nn.Module, data: Dataset, device, mixed: Callable) -> Tensor:
+    """(C, D): the model's mean feature of each class on its unaugmented training images."""
+    features = predict(model, data.train_images, device, mixed).features.double()
+    sums = features.new_zeros(len(data.class_counts), features.shape[1])
+    sums.index_add_(0, data.train_targets.to(device), features)
+    return (sums / sums.new_tensor(data.class_counts)[:, None]).float()
+
+
 def test(model: nn.Module, data: Dataset, device, mixed: Callable) -> dict:
     """top1 over the test images; many, medium, few: means of their classes' accuracies; all in %.
 
@@ -595,30 +607,23 @@ def deviations(settings: dict) -> dict:
     return {key: flat[key] for key in usual if key in flat and flat[key] != usual[key]}
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside and rename: the name never stands for half a file, whenever the power fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *keys: str) -> dict:
     try:
         content = json.loads(path.read_text())
-        content["settings"]
+        [content[key] for key in ("settings", *keys)]
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not what kd_lt.py wrote ({error})") from None
+        reason = f"not what kd_lt.py wrote ({type(error).__name__}: {error})"
+        raise InputError(f"{path}: {reason}; move its folder away") from None
     return content
+
+
+def read_result(path: Path) -> dict:
+    scores = ("top1", *GROUPS, "per_class", "class_counts")
+    return read_json(path, *scores, "seconds", "devices", "version", "teachers")
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -661,7 +666,7 @@ def claim(settings: dict, folder: Path, device) -> dict | None:
                 f"{folder} holds another run, config.json differs in {', '.join(differing)}: it is "
                 f"not reused and not overwritten; move it away or choose another --runs-dir"
             )
-        return read_json(result) if result.exists() else None
+        return read_result(result) if result.exists() else None
     if (folder / "last.pt").exists() or result.exists():
         raise InputError(f"{folder} holds a run without its config.json: move it away")
     versions = {"kd_lt": VERSION, "python": platform.python_version(), "torch": torch.__version__}
@@ -683,7 +688,7 @@ def read_checkpoint(path: str | Path) -> tuple[Path, dict]:
     """last.pt of a run folder (or the file itself): plain tensors and numbers, never code."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such checkpoint")
+        raise InputError(f"{path}: no such checkpoint; give a run folder or its last.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"settings", "network", "epoch", "student"} - set(content)
@@ -765,9 +770,12 @@ def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) 
                 mixed = autocast(device, settings["precision"])
                 results.append(known | test(teachers[-1], data, device, mixed))
             else:
-                own = settings | known | {"hyper": {}, "teachers": []}
+                own = teacher_settings(settings, known)
                 results.append(known | execute(own, data, args, device, teacher=True))
-                teachers.append(load_run(runs_dir / run_name(own), device))
+                path, stored = read_checkpoint(runs_dir / run_name(own))
+                if stored["settings"] != own or stored["epoch"] != own["epochs"]:
+                    raise InputError(f"{path} is not of that run's end: move its folder away")
+                teachers.append(load_run(path, device))
             teachers[-1].requires_grad_(False)
             print(f"teacher  {known['network']}, {known['method']}: {scores_line(results[-1])}")
         print(f"{what}, {settings['epochs']} epochs, in {folder}", flush=True)
@@ -779,12 +787,17 @@ def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) 
         return result
 
 
+def teacher_settings(settings: dict, teacher: dict) -> dict:
+    """The settings of the run that makes this teacher: the student's, but for what it is itself."""
+    return settings | teacher | {"hyper": {}, "teachers": []}
+
+
 def checkpoint_identity(given: str, settings: dict, num_classes: int) -> dict:
     """What a --teacher-checkpoint is, checked against its own settings and against this run's."""
     path, checkpoint = read_checkpoint(given)
     stored = checkpoint["settings"]
     load_run(path)
-    for key in ("dataset", "data", "imb", "imb_type", "subset_seed", "head"):
+    for key in ("dataset", "imb", "imb_type", "subset_seed", "data", "head"):
         if stored.get(key) != settings[key]:
             both = f"its {key} is {stored.get(key)}, this run's is {settings[key]}"
             raise InputError(f"--teacher-checkpoint {given}: {both}")
@@ -892,24 +905,22 @@ def seconds_per_step(run: SimpleNamespace, device, steps: int, repeats: int) -> 
     return timed(block, device, steps, repeats)
 
 
-def estimate(settings: dict, data: Dataset, args, device) -> float:
-    """Seconds that this command will take, teachers' training included, by timing a few steps."""
+def estimate(settings: dict, data: Dataset, device, eval_every: int, runs_dir) -> float:
+    """Seconds of this run and its teachers', from a few steps, less what runs_dir has of them."""
     some = slice(0, 2 * settings["batch_size"])
     images, y = data.train_images[some], data.train_targets[some]
-    few = data._replace(train_images=images, train_targets=y)
-    own = [settings | t | {"hyper": {}, "teachers": []} for t in settings["teachers"]]
-    total = 0.0
-    for one in [settings, *(teacher for teacher in own if "checkpoint" not in teacher)]:
-        log = Path(args.runs_dir) / run_name(one) / "log.jsonl"
-        if (log.parent / "result.json").exists():
-            if one is settings:
-                break
-            continue
-        left = one["epochs"] - (log.read_bytes().count(b"\n") - 1 if log.exists() else 0)
-        tests = math.ceil(left / args.eval_every) * len(data.test_targets)
-        run = untrained(one, few, device)[0]
-        second = seconds_per_step(run, device, 1, 3) / run.batches.sizes[0]
-        total += second * (left * len(data.train_targets) + tests / 3)  # a test: a third of a step
+    little, total = data._replace(train_images=images, train_targets=y), 0.0
+    for one in [settings, *map(lambda t: teacher_settings(settings, t), settings["teachers"])]:
+        log = runs_dir / run_name(one) / "log.jsonl" if runs_dir else None
+        done = log.read_bytes().count(b"\n") - 1 if log and log.exists() else 0
+        left = 0 if "checkpoint" in one else max(0, one["epochs"] - done)
+        if left == 0 and one is settings:
+            break  # its teachers are not needed
+        if left:
+            run = untrained(one, little, device)[0]
+            seconds = seconds_per_step(run, device, 1, 3) / run.batches.sizes[0]
+            tests = math.ceil(left / eval_every) * len(data.test_targets)
+            total += seconds * (left * len(data.train_targets) + tests / 3)  # a test: a third
     return total
 
 
@@ -938,11 +949,13 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats
     optimizer = torch.optim.SGD(parameters, settings["lr"], momentum=0.9, weight_decay=2e-4)
     workers = 4 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(
-        PlainImages(data), settings["batch_size"], shuffle=True, num_workers=workers
-    )
+        PlainImages(data), settings["batch_size"], shuffle=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    endless = (batch for _ in itertools.repeat(None) for batch in loader)
 
     def block(count):
-        for _, (images, y) in zip(range(count), loader):
+        for images, y in itertools.islice(endless, count):
             images, y = images.to(device), y.to(device)
             with torch.no_grad():
                 t = [Output(*teacher(images)) for teacher in teachers]
@@ -968,7 +981,8 @@ def bench(settings: dict, data: Dataset, args, device) -> None:
     with FlopCounterMode(display=False) as flops:
         run.step(batch)
     ours = seconds_per_step(run, device, steps, repeats)
-    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    memory = torch.cuda.max_memory_allocated() if cuda else unit * resource.getrusage(0).ru_maxrss
     plain = plain_seconds_per_step(settings, data, device, steps, repeats)
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
@@ -982,7 +996,7 @@ def bench(settings: dict, data: Dataset, args, device) -> None:
     print(f"         ratio {plain / ours:.2f}; medians of {repeats} x {steps} steps, after warm-up")
     share = f"{100 * rate / peak:.0f} % of a large matrix product's {peak / 1e12:.3f}"
     print(f"         {rate / 1e12:.3f} TFLOP/s, {share}; peak memory {memory / 2**20:.0f} MiB")
-    total = duration(estimate(settings, data, args, device))
+    total = duration(estimate(settings, data, device, args.eval_every, None))
     print(f"         the command at {settings['epochs']} epochs, teachers included: about {total}")
 
 
@@ -1004,17 +1018,18 @@ SOURCES = {
     "[2]": "feidfoe/AdjustBnd4Imbalance, README",
     "[3]": 'Table 2 of "Long-tailed recognition via weight balancing"',
     "[4]": "DiVE, as BagofTricks-LT lists it",
-    "[5]": "a re-implementation, best test epoch",
+    "[5]": "a re-implementation with another recipe, best test epoch",
     "[6]": "third-party notes on arXiv 2506.18496",
 }
 
 
 def published(settings: dict) -> str:
-    """The figure that may stand beside a setting: same data, networks and recipe; else a dash."""
+    """The figure that may stand beside a setting: same data and networks, our recipe; or a dash."""
     teachers, where = settings["teachers"], (settings["dataset"], settings["imb"])
     networks = [settings["network"], *(teacher["network"] for teacher in teachers)]
     key = " from ".join([settings["method"], *(teacher["method"] for teacher in teachers)])
-    if settings["epochs"] != 200 or deviations(settings):
+    given = any("checkpoint" in teacher for teacher in teachers)
+    if settings["epochs"] != 200 or deviations(settings) or given:
         return "-"
     if networks == ["resnet8x4", "resnet32x4"] and where == ("cifar100", 100):
         return PUBLISHED_WIDE.get(key, "-")
@@ -1025,14 +1040,14 @@ def published(settings: dict) -> str:
 
 def finished_runs(folders: list[str]) -> list[dict]:
     """The result.json of every finished run; a folder is a run or holds runs."""
-    results = []
+    found = {}  # by path: a run that is named twice counts once
     for folder in map(Path, folders):
         own = folder / "result.json"
         for path in [own] if own.exists() else sorted(folder.glob("*/result.json")):
-            results.append(read_json(path) | {"folder": path.parent})
-    if not results:
+            found[path.resolve()] = read_result(path) | {"folder": path.parent}
+    if not found:
         raise InputError(f"{' '.join(folders)}: no finished run there (no result.json)")
-    return results
+    return list(found.values())
 
 
 def by_setting(results: list[dict]) -> list[list[dict]]:
@@ -1064,14 +1079,16 @@ def label(settings: dict) -> str:
 
 def table(folders: list[str]) -> None:
     """Print Markdown: a row a setting, mean +- sample standard deviation over its seeds."""
-    head = "data|imb|method|networks|epochs|n|top-1|many|medium|few|minutes|published"
-    print(f"| {head.replace('|', ' | ')} |\n{'|---' * 12}|")
-    used, made = set(), set()
-    for group in by_setting(finished_runs(folders)):
+    groups, used = by_setting(finished_runs(folders)), set()
+    made = {f"kd-lt {r['version']} on {d}" for group in groups for r in group for d in r["devices"]}
+    print(f"Test accuracy in % after the last epoch, made with {'; '.join(sorted(made))}.\n")
+    head = "data|imb|method|networks|epochs|precision|n|top-1|many|medium|few|minutes|published"
+    print(f"| {head.replace('|', ' | ')} |\n{'|---' * 13}|")
+    for group in groups:
         s = group[0]["settings"]
         networks = list(dict.fromkeys(t["network"] for t in s["teachers"])) + [s["network"]]
         cells = [s["dataset"], f"{s['imb']:g}", label(s), " to ".join(networks)]
-        cells += [str(s["epochs"]), str(len(group))]
+        cells += [str(s["epochs"]), s["precision"], str(len(group))]
         for key in ("top1", *GROUPS):
             values = [result[key] for result in group if result[key] is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -1079,11 +1096,9 @@ def table(folders: list[str]) -> None:
         minutes = statistics.fmean(result["seconds"] for result in group) / 60
         cells += [f"{minutes:.1f}", published(s)]
         used |= set(re.findall(r"\[\d\]", cells[-1]))
-        made |= {f"kd-lt {r['version']} on {device}" for r in group for device in r["devices"]}
         print(f"| {' | '.join(cells)} |")
-    print("\nTest accuracy in % after the last epoch, mean ± sample standard deviation over n")
-    print("seeds; minutes of the last network alone; krdistill is our reconstruction, ltkd our reading.")
-    print(f"Made with {'; '.join(sorted(made))}.")
+    print("\nMean ± sample standard deviation over n seeds; minutes of the last network alone. ce, bsce")
+    print("count the runs made as teachers, seeds from 1000. krdistill is our reconstruction.")
     for key in sorted(used):
         print(f"{key} {SOURCES[key]}")
 
@@ -1200,9 +1215,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=weight, help="default 0.0002")
     add = parser.add_argument_group("loss (defaults below)").add_argument
     add("--temperature", type=number(float, 0, above=True), help="T of the softened probabilities")
-    add("--alpha", type=weight, help="of distillation; krdistill: of L_LRD, 0 switches it off")
+    add("--alpha", type=weight, help="of distillation; krdistill (reconstruction): L_LRD; 0: off")
     add("--beta", type=weight, help="bkd: of effective numbers; cbd: of L_FD; ltkd: within groups")
-    add("--gamma", type=weight, help="krdistill: of L_RRD, 0 switches it off")
+    add("--gamma", type=weight, help="krdistill (reconstruction): of L_RRD; 0: off")
     add("--bkd-start", type=number(float, 0, 1), help="share of training before bkd's weights act")
     add = parser.add_argument_group("where and how").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
@@ -1238,7 +1253,8 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
     else:  # other seeds than the student's, or it would start as its own untrained teacher
         network, by = args.teacher, args.teacher_method
         teachers = [
-            {"network": network, "method": by, "head": method.head, "seed": args.seed + 1000 + k}
+            {"network": network, "method": by, "head": method.head}
+            | {"seed": args.seed + 1000 * (k + 1)}
             | {"colour": k >= count - count // 2}
             for k in range(count)
         ]
@@ -1311,16 +1327,17 @@ def run_command(args: argparse.Namespace) -> None:
     )
     own = "".join(f", {key} {value:g}" for key, value in settings["hyper"].items())
     recipe = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in RECIPE)
-    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {sum(counts):,} training images, "
-          f"{max(counts)}..{min(counts)} a class")  # fmt: skip
+    images = f"{sum(counts):,} training images, {max(counts)}..{min(counts)} a class"
+    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {images}")
     print(f"         {len(counts)} classes: {groups}; {len(data.test_targets):,} test images")
     print(f"method   {args.method}{own}: {method.formula}")
     print(f"         {method.source}")
     print(f"recipe   {recipe}, seed {args.seed}")
     print(f"device   {describe(device)}, {precision}", flush=True)
     if device.type == "cpu":
-        left = duration(estimate(settings, data, args, device))
-        print(f"time     about {left} here, teachers included", flush=True)
+        left = estimate(settings, data, device, args.eval_every, Path(args.runs_dir))
+        if left:
+            print(f"time     about {duration(left)} here, teachers included", flush=True)
     result = execute(settings, data, args, device)
     report(Path(args.runs_dir) / run_name(settings), result)
 
@@ -1337,8 +1354,12 @@ def main(argv: list[str] | None = None) -> int:
         message, status = str(error), 2
     except RunError as error:
         message, status = str(error), error.status
-    except torch.OutOfMemoryError:
-        message = f"CUDA ran out of memory with --batch-size {args.batch_size}: try a smaller one"
+    except RuntimeError as error:  # torch's own OutOfMemoryError, or what it became in a capture
+        known = isinstance(error, torch.OutOfMemoryError)
+        if not known and "out of memory" not in f"{error} {error.__context__}":
+            raise
+        message = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CUDA'}: "
+        message += f"out of memory with --batch-size {args.batch_size}; try a smaller one"
         status = 1
     except OSError as error:
         message, status = f"{error.filename or args.runs_dir}: {error.strerror or error}", 1

@@ -28,7 +28,7 @@ NETWORKS = {  # name: (layers, stem channels, channels of the three stages, shor
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d without its batch counter: at fixed momentum that is a wasted kernel a step."""
+    """nn.BatchNorm2d without its batch counter, at fixed momentum a wasted kernel in every step."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
@@ -61,7 +61,7 @@ class BasicBlock(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """z_c = scale * <f/|f|, w_c/|w_c|>: (B, D) -> (B, C), fixed scale, no bias (CBD, 2104.05279)."""
+    """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it."""
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):
         super().__init__()
