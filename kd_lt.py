@@ -27,14 +27,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
-from models import NETWORKS, build_model
+from models import NETWORKS, Output, build_model
 
 VERSION = "1.0.0"
 
@@ -301,11 +300,6 @@ def ltkd_loss(
 # ---- methods: where they differ, and nowhere else
 
 
-class Output(NamedTuple):
-    logits: Tensor  # (B, C)
-    features: Tensor  # (B, D)
-
-
 @dataclass(frozen=True)
 class Method:
     formula: str
@@ -431,8 +425,8 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
         images, y = batches.next(size)
         with mixed():
             with torch.no_grad():
-                t = [Output(*teacher(images)) for teacher in teachers]
-            s = Output(*student(images))
+                t = [teacher(images) for teacher in teachers]
+            s = student(images)
         loss = method_loss(settings["method"], s, t, y, c)
         optimizer.zero_grad()
         loss.backward()
@@ -958,8 +952,8 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats
         for images, y in itertools.islice(endless, count):
             images, y = images.to(device), y.to(device)
             with torch.no_grad():
-                t = [Output(*teacher(images)) for teacher in teachers]
-            loss = method_loss(settings["method"], Output(*student(images)), t, y, run.c)
+                t = [teacher(images) for teacher in teachers]
+            loss = method_loss(settings["method"], student(images), t, y, run.c)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1097,8 +1091,8 @@ def table(folders: list[str]) -> None:
         cells += [f"{minutes:.1f}", published(s)]
         used |= set(re.findall(r"\[\d\]", cells[-1]))
         print(f"| {' | '.join(cells)} |")
-    print("\nMean ± sample standard deviation over n seeds; minutes of the last network alone. ce, bsce")
-    print("count the runs made as teachers, seeds from 1000. krdistill is our reconstruction.")
+    print("\nMean ± sample standard deviation over n seeds; minutes are of the last network. ce and")
+    print("bsce count the runs made as teachers, seeds from 1000. krdistill is our reconstruction.")
     for key in sorted(used):
         print(f"{key} {SOURCES[key]}")
 
@@ -1123,31 +1117,29 @@ def plot(file: str, folders: list[str]) -> None:
     figure, axes = pyplot.subplots(len(data), 2, **size)
     for (left, right), ((name, *counts), groups) in zip(axes, data.items()):
         buckets = class_buckets(counts, 20)
-        ranked = [c for bucket in buckets for c in bucket]
-        middles = [statistics.fmean(map(ranked.index, bucket)) for bucket in buckets]
+        middles = [(i + 0.5) * len(counts) / len(buckets) - 0.5 for i in range(len(buckets))]
         bars = left.twinx()
-        bars.fill_between(range(len(counts)), [counts[c] for c in ranked], color="0.88", step="mid")
+        bars.fill_between(range(len(counts)), sorted(counts, reverse=True), color="0.88")
         bars.set(yscale="log", ylabel="training images of the class (grey)")
         left.set_zorder(bars.get_zorder() + 1)
         left.patch.set_visible(False)
         for i, group in enumerate(groups):
-            style = {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
-            style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1))}
             s = group[0]["settings"]
-            style["label"] = f"{label(s)}, {s['network']}, {s['epochs']} epochs, n = {len(group)}"
+            style = {"label": f"{label(s)}, {s['network']}, {s['epochs']} epochs, n = {len(group)}"}
+            style |= {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+            style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1))}
             means = [mean_of(r["per_class"][c] for r in group for c in part) for part in buckets]
-            left.plot(middles, means, markersize=4, **style)
-            logs = [(r["folder"] / "log.jsonl").read_text().splitlines()[1:] for r in group]
-            rows = [row for log in logs for row in map(json.loads, log) if "top1" in row]
+            left.plot(middles, means, **style)
+            lines = [(r["folder"] / "log.jsonl").read_text().splitlines()[1:] for r in group]
+            rows = [row for log in lines for row in map(json.loads, log) if "top1" in row]
             epochs = sorted({row["epoch"] for row in rows})
             tops = [mean_of(row["top1"] for row in rows if row["epoch"] == e) for e in epochs]
-            right.plot(epochs, tops, markersize=4, markevery=max(1, len(epochs) // 10), **style)
-        mean = f", means of {len(buckets[0])} neighbouring classes" * (len(buckets[0]) > 1)
+            right.plot(epochs, tops, markevery=max(1, len(epochs) // 10), **style)
         left.set(title=name, xlabel="class, from most to fewest training images", ylim=(0, None))
-        left.set(ylabel=f"test accuracy in %{mean}")
+        left.set(ylabel=f"test accuracy in %, means over {len(buckets)} parts of the classes")
         right.set(title="mean over seeds", xlabel="epoch", ylabel="top-1 test accuracy in %")
-        right.grid(alpha=0.3)
         right.legend(fontsize=8)
+    figure.suptitle("krdistill is our reconstruction, ltkd our reading", fontsize=8)
     figure.savefig(file, dpi=150)
     print(f"plot     {file}: {sum(map(len, data.values()))} settings")
 

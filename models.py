@@ -17,6 +17,8 @@ The first seven are He et al. 2015 (arXiv 1512.03385), section 4.2: channels 16-
 without parameters ("option A"). The last two are the wide pair of the distillation literature:
 stem 32, channels 64-128-256, 1x1-convolution shortcuts.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,11 @@ NETWORKS = {  # name: (layers, stem channels, channels of the three stages, shor
     **{f"resnet{n}": (n, 16, (16, 32, 64), "pad") for n in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{n}x4": (n, 32, (64, 128, 256), "conv") for n in (8, 32)},
 }
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (B, C)
+    features: Tensor  # (B, D), what the classifier sees
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -93,14 +100,14 @@ class ResNet(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, 32, 32) -> logits (B, C), features (B, D): what the classifier sees."""
+    def forward(self, images: Tensor) -> Output:
+        """images (B, 3, 32, 32) -> (logits, features)."""
         out = self.blocks(F.relu(self.bn1(self.conv1(images))))
         with torch.autocast(images.device.type, enabled=False):  # the head stays in full precision
             features = out.to(self.head.weight.dtype).mean((2, 3))
             if self.projection is not None:  # CBD's student: s = ReLU(W f + b)
                 features = F.relu(self.projection(features))
-            return self.head(features), features
+            return Output(self.head(features), features)
 
 
 def build_model(
