@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
 #
-# Makes the results table: METHODS x SEEDS at one setting. Finished runs are skipped, unfinished ones
-# continue. Copies of this script that share RUNS divide the runs among them: each run is made by the
-# copy that locks its folder first. Change what it does from the environment:
+# Makes the results table: METHODS x SEEDS at one setting. Finished runs are skipped, unfinished
+# ones continue. Copies of this script that share RUNS divide the runs among them: each run is made
+# by the copy that locks its folder first. Change what it does from the environment:
 #
-#   ./run_all.sh                                                   the README's table
-#   METHODS=cbd EXTRA="--num-teachers 4" ./run_all.sh              one more row of it
+#   ./run_all.sh                                                   ResNet-32, 200 epochs, 3 seeds
+#   TEACHER=resnet20 STUDENT=resnet20 EPOCHS=30 ./run_all.sh       the setting of the README's table
+#   METHODS=cbd EXTRA="--num-teachers 4" ./run_all.sh              one row more
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
 #   sbatch --array=0-7 --gpus=1 run_all.sh                         Slurm; RUNS on a shared file system
@@ -36,7 +37,7 @@ for seed in $SEEDS; do
     esac
   done
 done
-[ $busy -eq 0 ] || echo "$busy of these runs are being made by other copies; the table is without them"
+[ $busy -eq 0 ] || echo "$busy of these runs are left to other copies; the table is without them"
 echo "+ $PYTHON kd_lt.py --table $RUNS"
 "$PYTHON" kd_lt.py --table "$RUNS" || exit
 [ $failed -eq 0 ]
