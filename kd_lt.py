@@ -934,7 +934,10 @@ class PlainImages(torch.utils.data.Dataset):
 
 
 def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats) -> float:
-    """The same step as most code has it: float32, NCHW, eager, DataLoader, loss read every step."""
+    """The same step as most code has it: float32 (on CUDA with torch's own choice of TF32), NCHW,
+    eager, DataLoader, loss read every step.
+    """
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
     run, teachers = untrained(settings | {"precision": "fp32"}, data, device)
     for model in (run.student, *teachers):
         model.to(memory_format=torch.contiguous_format)
@@ -1322,8 +1325,8 @@ def run_command(args: argparse.Namespace) -> None:
     images = f"{sum(counts):,} training images, {max(counts)}..{min(counts)} a class"
     print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {images}")
     print(f"         {len(counts)} classes: {groups}; {len(data.test_targets):,} test images")
-    print(f"method   {args.method}{own}: {method.formula}")
-    print(f"         {method.source}")
+    print(f"method   {args.method}{own}")
+    print(f"         {method.formula}; {method.source}")
     print(f"recipe   {recipe}, seed {args.seed}")
     print(f"device   {describe(device)}, {precision}", flush=True)
     if device.type == "cpu":
