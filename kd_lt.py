@@ -1102,12 +1102,12 @@ def table(folders: list[str]) -> None:
 
 def plot(file: str, folders: list[str]) -> None:
     """Draw accuracy from head to tail and over the epochs, a line a setting, as PNG or SVG."""
+    if Path(file).suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {file}: the name must end in .png or .svg")
     try:
         import matplotlib
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    if Path(file).suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {file}: the name must end in .png or .svg")
     data = {}  # a row of the picture for each
     for group in by_setting(finished_runs(folders)):
         s = group[0]["settings"]
