@@ -1815,6 +1815,7 @@ def wait_until(met, seconds=60):
 def child(argv, out, file_limit=None):
     sys.stdout = sys.stderr = open(out, "w", buffering=1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     train = kd_lt.train
