@@ -80,9 +80,8 @@ def distillation_kl(target_log_probs: Tensor, student_logits: Tensor, temperatur
     return temperature**2 * divergence
 
 
-def effective_number_weights(
-    class_counts: Sequence[float] | Tensor, beta: float = 0.9999
-) -> Tensor:
+def effective_number_weights(class_counts: Sequence[float] | Tensor,
+                             beta: float = 0.9999) -> Tensor:
     """Inverse effective numbers of samples, scaled to mean 1 (Cui et al. 2019, arXiv 1901.05555).
 
     w_c = C v_c / sum_j v_j with v_c = (1 - beta) / (1 - beta^n_c). beta in [0, 1); 0 gives ones.
@@ -96,9 +95,8 @@ def effective_number_weights(
     return len(counts) * inverse / inverse.sum()
 
 
-def balanced_softmax_loss(
-    logits: Tensor, targets: Tensor, class_counts: Sequence[float] | Tensor
-) -> Tensor:
+def balanced_softmax_loss(logits: Tensor, targets: Tensor,
+                          class_counts: Sequence[float] | Tensor) -> Tensor:
     """Balanced softmax: CE(z + log pi, y); test with plain z (Ren et al. 2020, arXiv 2007.10740).
 
     logits (B, C), targets (B,) int64, class_counts (C,). Scalar, mean over the batch.
@@ -106,13 +104,8 @@ def balanced_softmax_loss(
     return F.cross_entropy(logits + log_prior(class_counts, logits), targets)
 
 
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    targets: Tensor,
-    temperature: float = 2.0,
-    alpha: float = 1.0,
-) -> Tensor:
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
+            temperature: float = 2.0, alpha: float = 1.0) -> Tensor:
     """Vanilla distillation: CE + alpha KL_T (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
 
     student_logits, teacher_logits (B, C), targets (B,) int64. Scalar, mean over the batch; the KL
@@ -123,15 +116,9 @@ def kd_loss(
     return ce + alpha * distillation_kl(q, student_logits, temperature)
 
 
-def bkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    targets: Tensor,
-    class_counts: Sequence[float] | Tensor,
-    temperature: float = 2.0,
-    alpha: float = 1.0,
-    beta: float = 0.9999,
-) -> Tensor:
+def bkd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
+             class_counts: Sequence[float] | Tensor, temperature: float = 2.0,
+             alpha: float = 1.0, beta: float = 0.9999) -> Tensor:
     """Balanced knowledge distillation: CE + alpha KL_T to a re-weighted teacher (arXiv 2104.10510).
 
     q_c = w_c p_c / sum_j w_j p_j with p = softmax(z^t/T) and w = effective_number_weights. The
@@ -147,14 +134,8 @@ def bkd_loss(
     return ce + alpha * distillation_kl(q, student_logits, temperature)
 
 
-def cbd_loss(
-    student_logits: Tensor,
-    student_features: Tensor,
-    teacher_features: Sequence[Tensor],
-    targets: Tensor,
-    alpha: float = 0.4,
-    beta: float = 100.0,
-) -> Tensor:
+def cbd_loss(student_logits: Tensor, student_features: Tensor, teacher_features: Sequence[Tensor],
+             targets: Tensor, alpha: float = 0.4, beta: float = 100.0) -> Tensor:
     """Class-balanced distillation: (1 - alpha) CE + alpha beta L_FD (arXiv 2104.05279).
 
     L_FD = mean_B(1 - <s, t>), s the student's features and t the K teachers', each normalised,
@@ -185,9 +166,8 @@ def balanced_prototypes(class_means: Tensor) -> Tensor:
     return F.normalize(u[:, kept] @ vt[kept], dim=1).to(class_means)
 
 
-def rectify_features(
-    teacher_features: Tensor, targets: Tensor, class_means: Tensor, prototypes: Tensor
-) -> Tensor:
+def rectify_features(teacher_features: Tensor, targets: Tensor, class_means: Tensor,
+                     prototypes: Tensor) -> Tensor:
     """Move each feature from its class mean to its class's balanced place (our reconstruction).
 
     r = norm(t - m_y + s P_y), s = mean_c |m_c - mean_c m_c|: what is particular to the image stays.
@@ -198,9 +178,8 @@ def rectify_features(
     return F.normalize(teacher_features + (scale * prototypes - class_means)[targets], dim=1)
 
 
-def rectify_logits(
-    teacher_logits: Tensor, targets: Tensor, class_counts: Sequence[float] | Tensor
-) -> Tensor:
+def rectify_logits(teacher_logits: Tensor, targets: Tensor,
+                   class_counts: Sequence[float] | Tensor) -> Tensor:
     """Take the training prior out of the logits, then let the true class rank first.
 
     Our reconstruction (KRDistill, arXiv 2409.07694): z~ = z^t - log pi; where the largest entry is
@@ -212,17 +191,10 @@ def rectify_logits(
     return z.scatter(1, top, z.gather(1, true)).scatter(1, true, z.gather(1, top))
 
 
-def krdistill_loss(
-    student_logits: Tensor,
-    student_features: Tensor,
-    teacher_logits: Tensor,
-    rectified_features: Tensor,
-    targets: Tensor,
-    class_counts: Sequence[float] | Tensor,
-    temperature: float = 2.0,
-    alpha: float = 1.0,
-    gamma: float = 2.0,
-) -> Tensor:
+def krdistill_loss(student_logits: Tensor, student_features: Tensor, teacher_logits: Tensor,
+                   rectified_features: Tensor, targets: Tensor,
+                   class_counts: Sequence[float] | Tensor, temperature: float = 2.0,
+                   alpha: float = 1.0, gamma: float = 2.0) -> Tensor:
     """Knowledge rectification distillation, our reconstruction from the abstract of 2409.07694.
 
     L = CE(z^s + log pi, y) + alpha L_LRD + gamma L_RRD; L_LRD = KL_T to rectify_logits(z^t),
@@ -240,13 +212,9 @@ def krdistill_loss(
     return ce + alpha * l_lrd + gamma * l_rrd
 
 
-def grouped_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    class_counts: Sequence[float] | Tensor,
-    temperature: float,
-    balance: bool = True,
-) -> tuple[Tensor, Tensor]:
+def grouped_kl(student_logits: Tensor, teacher_logits: Tensor,
+               class_counts: Sequence[float] | Tensor, temperature: float,
+               balance: bool = True) -> tuple[Tensor, Tensor]:
     """KL between and within head, medium and tail: two scalars, means over the batch, without T^2.
 
     Classes sorted by count: first 33 % head, last 33 % tail. With balance=False the two add up to
@@ -277,15 +245,9 @@ def grouped_kl(
     return cross, (weight * torch.stack(inner, dim=1)).sum(1).mean()
 
 
-def ltkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    targets: Tensor,
-    class_counts: Sequence[float] | Tensor,
-    temperature: float = 2.0,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-) -> Tensor:
+def ltkd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
+              class_counts: Sequence[float] | Tensor, temperature: float = 2.0,
+              alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """Long-tailed KD: CE + alpha T^2 cross + beta T^2 within (arXiv 2506.18496, our reading).
 
     cross and within are grouped_kl's; the paper's T, alpha and beta could not be read, so these
@@ -317,30 +279,17 @@ METHODS = {
     "ce": Method("CE(z, y)", "no distillation"),
     "bsce": Method("CE(z + log pi, y)", "balanced softmax, arXiv 2007.10740; no distillation"),
     "kd": Method("CE + alpha KL_T(p || student)", "arXiv 1503.02531", SOFT),
-    "bkd": Method(
-        "CE + alpha KL_T(w p / sum w p || student), w inverse effective numbers",
-        "arXiv 2104.10510 and its code",
-        SOFT | {"beta": 0.9999, "bkd_start": None},
-    ),
-    "cbd": Method(
-        "(1 - alpha) CE + alpha beta (1 - cos(student, teacher features))",
-        "arXiv 2104.05279 and its code",
-        TEACHER | {"num_teachers": 1, "alpha": 0.4, "beta": 100.0},
-        sampler="class",
-        head="cosine",
-        projects=True,
-    ),
-    "krdistill": Method(
-        "CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
-        "our reconstruction from the abstract of arXiv 2409.07694",
-        SOFT | {"gamma": 2.0},
-        rectifies=True,
-    ),
-    "ltkd": Method(
-        "CE + T^2 (alpha KL across groups + beta KL within groups)",
-        "our reading of arXiv 2506.18496",
-        SOFT | {"beta": 1.0},
-    ),
+    "bkd": Method("CE + alpha KL_T(w p / sum w p || student), w inverse effective numbers",
+                  "arXiv 2104.10510 and its code", SOFT | {"beta": 0.9999, "bkd_start": None}),
+    "cbd": Method("(1 - alpha) CE + alpha beta (1 - cos(student, teacher features))",
+                  "arXiv 2104.05279 and its code",
+                  TEACHER | {"num_teachers": 1, "alpha": 0.4, "beta": 100.0},
+                  sampler="class", head="cosine", projects=True),
+    "krdistill": Method("CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
+                        "our reconstruction from the abstract of arXiv 2409.07694",
+                        SOFT | {"gamma": 2.0}, rectifies=True),
+    "ltkd": Method("CE + T^2 (alpha KL across groups + beta KL within groups)",
+                   "our reading of arXiv 2506.18496", SOFT | {"beta": 1.0}),
 }
 
 
@@ -450,7 +399,7 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
         settings=settings, network=network, student=student, adapter=adapter, momentum=momentum,
         batches=batches, mixed=mixed, c=c, losses=losses, correct=correct, index=index, state=state,
         step=step, start_epoch=start_epoch,
-    )  # fmt: skip
+    )
 
 
 def autocast(device: torch.device, precision: str) -> Callable:
@@ -482,9 +431,8 @@ def capture(run: SimpleNamespace) -> Callable[[int], None]:
     return lambda size: graphs[size].replay()
 
 
-def train(
-    settings: dict, data: Dataset, teachers: list[nn.Module], folder: Path, device, eval_every: int
-) -> dict:
+def train(settings: dict, data: Dataset, teachers: list[nn.Module], folder: Path, device,
+          eval_every: int) -> dict:
     """Train one network, teacher or student, to its last epoch; returns its scores.
 
     Continues from folder/last.pt where there is one. An epoch ends with a row on the terminal, a
@@ -507,10 +455,9 @@ def train(
         rate = images / (time.perf_counter() - began)
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
-            raise RunError(
-                f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}: try a "
-                f"smaller --lr. {folder} keeps the checkpoint of the epoch before, if there was one"
-            )
+            where = f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}"
+            raise RunError(f"{where}: try a smaller --lr. {folder} keeps the checkpoint of the "
+                           "epoch before, if there was one")
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
         row["loss"] = sum(loss * size for loss, size in zip(losses, sizes)) / images
         row["train_top1"] = 100 * run.correct.item() / images
@@ -656,10 +603,9 @@ def claim(settings: dict, folder: Path, device) -> dict | None:
         stored = read_json(config)["settings"]
         differing = sorted(k for k in settings | stored if settings.get(k) != stored.get(k))
         if differing:
-            raise InputError(
-                f"{folder} holds another run, config.json differs in {', '.join(differing)}: it is "
-                f"not reused and not overwritten; move it away or choose another --runs-dir"
-            )
+            what = f"{folder} holds another run, config.json differs in {', '.join(differing)}"
+            raise InputError(f"{what}: it is not reused and not overwritten; move it away or "
+                             "choose another --runs-dir")
         return read_result(result) if result.exists() else None
     if (folder / "last.pt").exists() or result.exists():
         raise InputError(f"{folder} holds a run without its config.json: move it away")
@@ -812,7 +758,7 @@ COLUMNS = {  # of a row: title, width, format
     "train_top1": ("train", 8, ".2f"), "top1": ("test", 8, ".2f"), "many": ("many", 8, ".2f"),
     "medium": ("medium", 8, ".2f"), "few": ("few", 8, ".2f"),
     "images_per_second": ("img/s", 8, ""), "left": ("left", 8, ""),
-}  # fmt: skip
+}
 
 
 def print_row(row: dict) -> None:
@@ -945,10 +891,8 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats
     parameters = [*student.parameters(), *run.adapter.parameters()]
     optimizer = torch.optim.SGD(parameters, settings["lr"], momentum=0.9, weight_decay=2e-4)
     workers = 4 if device.type == "cuda" else 0
-    loader = torch.utils.data.DataLoader(
-        PlainImages(data), settings["batch_size"], shuffle=True, num_workers=workers,
-        persistent_workers=workers > 0,
-    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(PlainImages(data), settings["batch_size"], shuffle=True,
+                                         num_workers=workers, persistent_workers=workers > 0)
     endless = (batch for _ in itertools.repeat(None) for batch in loader)
 
     def block(count):
@@ -1170,7 +1114,7 @@ def method_table() -> str:
     for name, method in METHODS.items():
         own = {key: value for key, value in method.defaults.items() if key not in TEACHER}
         own |= {"bkd_start": "0 (cifar10: 0.8)"} if "bkd_start" in own else {}
-        flags = "".join(f" --{key.replace('_', '-')} {value}" for key, value in own.items())
+        flags = "".join(f" {flag(key)} {value}" for key, value in own.items())
         teachers = "K teachers" if name == "cbd" else "1 teacher" if own else "no teacher"
         about = f"{method.sampler}-balanced batches, {method.head} head, {teachers}"
         lines += [f"  {name:<10} {method.formula}", f"{'':13}{method.source}", f"{'':13}{about}"]
@@ -1180,24 +1124,21 @@ def method_table() -> str:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="kd_lt.py",
-        description="Knowledge distillation for long-tailed recognition: train the teacher or "
-        "reuse it, distil the student, report many-, medium- and few-shot accuracy.",
-        epilog=method_table(),
+        prog="kd_lt.py", epilog=method_table(), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+        description="Knowledge distillation for long-tailed recognition: train the teacher or "
+        "reuse it, distil the student, report many-, medium- and few-shot accuracy.")
     positive, weight = number(int, 1), number(float, 0)
     add = parser.add_argument_group("run").add_argument
     add("--method", choices=METHODS, default="bkd", help="see below (default: bkd)")
     add("--dataset", metavar="NAME", help="cifar100 (default), cifar10, synthetic, or FILE.npz with"
-        " x_train, x_test (uint8, 32x32), y_train, y_test (integers)")  # fmt: skip
+        " x_train, x_test (uint8, 32x32), y_train, y_test (integers)")
     add("--imb", type=number(float, 1), default=100.0, help="largest class / smallest; default 100")
     add("--imb-type", choices=("exp", "step"), default="exp", help="shape of the tail; default exp")
     add("--subset-seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="which images are kept; default 0, the published subset")  # fmt: skip
+        help="which images are kept; default 0, the published subset")
     add("--student", choices=NETWORKS, metavar="NETWORK",
-        help=f"default resnet32; one of {', '.join(NETWORKS)}")  # fmt: skip
+        help=f"default resnet32; one of {', '.join(NETWORKS)}")
     add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default resnet32")
     add("--teacher-method", choices=("ce", "bsce"), help="how the teacher is trained; default ce")
     add("--teacher-checkpoint", nargs="+", metavar="PATH", help="a run folder or last.pt to use")
@@ -1217,7 +1158,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("where and how").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="default auto: bf16 where the hardware has it")  # fmt: skip
+        help="default auto: bf16 where the hardware has it")
     add("--eval-every", type=positive, help="epochs between tests; default 1, on a CPU 5")
     add("--data-dir", default="data", help="where CIFAR is, or goes; default data")
     add("--runs-dir", help="where runs are kept; default runs")
@@ -1247,12 +1188,9 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
         teachers = [checkpoint_identity(p, settings, classes) for p in args.teacher_checkpoint]
     else:  # other seeds than the student's, or it would start as its own untrained teacher
         network, by = args.teacher, args.teacher_method
-        teachers = [
-            {"network": network, "method": by, "head": method.head}
-            | {"seed": args.seed + 1000 * (k + 1)}
-            | {"colour": k >= count - count // 2}
-            for k in range(count)
-        ]
+        teachers = [{"network": network, "method": by, "head": method.head,
+                     "seed": args.seed + 1000 * (k + 1), "colour": k >= count - count // 2}
+                    for k in range(count)]
     return settings | {"teachers": teachers}
 
 
@@ -1260,23 +1198,30 @@ SMOKE = {"dataset": "synthetic", "student": "resnet8", "teacher": "resnet8", "ep
 SMOKE |= {"batch_size": 64, "runs_dir": "runs/smoke"}
 
 
+def flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that this run would ignore, then fill in the defaults that no method owns."""
     method, given = METHODS[args.method], {key for key, v in vars(args).items() if v is not None}
     own = {*method.defaults} | ({"teacher_checkpoint"} if method.defaults else set())
     of_methods = {"teacher_checkpoint"}.union(*(m.defaults for m in METHODS.values()))
-    flag = {key: f"--{key.replace('_', '-')}" for key in of_methods}
     for key in sorted(of_methods & given - own):
-        raise InputError(f"{flag[key]} does nothing with --method {args.method}: leave it out")
+        raise InputError(f"{flag(key)} does nothing with --method {args.method}: leave it out")
     for key in sorted({"teacher", "teacher_method", "num_teachers"} & given):
         if args.teacher_checkpoint:
-            raise InputError(f"{flag[key]}: --teacher-checkpoint already says which teacher")
+            raise InputError(f"{flag(key)}: --teacher-checkpoint already says which teacher")
     if len(args.teacher_checkpoint or []) > 1 and args.method != "cbd":
         raise InputError("--teacher-checkpoint: only --method cbd takes several teachers")
     if args.method == "bkd" and (args.beta or 0) >= 1:
         raise InputError(f"--beta {args.beta:g}: bkd needs a number of at least 0 and below 1")
     if args.method == "cbd" and (args.alpha or 0) > 1:
         raise InputError(f"--alpha {args.alpha:g}: cbd needs a number of at least 0 and at most 1")
+    if args.imb == 1 and str(args.dataset).endswith(".npz"):
+        for key, unset in (("imb_type", "exp"), ("subset_seed", 0)):
+            if getattr(args, key) != unset:
+                raise InputError(f"{flag(key)} does nothing with a file at --imb 1: leave it out")
     usual = {"dataset": "cifar100", "student": "resnet32", "runs_dir": "runs"} | RECIPE | TEACHER
     for key, value in (usual | (SMOKE if args.smoke else {})).items():
         if getattr(args, key) is None:
@@ -1304,6 +1249,11 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
 
 def run_command(args: argparse.Namespace) -> None:
     runs = [args.runs_dir or (SMOKE["runs_dir"] if args.smoke else "runs")]
+    if args.table is not None or args.plot:
+        usual = vars(parse_flags([])) | {"table": args.table, "plot": args.plot}
+        for key in sorted(usual.keys() - {"runs_dir", "smoke"}):
+            if getattr(args, key) != usual[key]:
+                raise InputError(f"{flag(key)} does nothing with --table and --plot: leave it out")
     if args.table is not None:
         return table(args.table or runs)
     if args.plot:
@@ -1317,9 +1267,8 @@ def run_command(args: argparse.Namespace) -> None:
     if args.bench:
         return bench(settings, data, args, device)
     method, counts = METHODS[args.method], data.class_counts
-    groups = ", ".join(
-        f"{sum(low <= n <= high for n in counts)} {group}" for group, (low, high) in GROUPS.items()
-    )
+    groups = ", ".join(f"{sum(low <= n <= high for n in counts)} {group}"
+                       for group, (low, high) in GROUPS.items())
     own = "".join(f", {key} {value:g}" for key, value in settings["hyper"].items())
     recipe = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in RECIPE)
     images = f"{sum(counts):,} training images, {max(counts)}..{min(counts)} a class"
