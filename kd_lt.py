@@ -552,13 +552,20 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_json(path: Path, *keys: str) -> dict:
+@contextlib.contextmanager
+def reading(path: Path, problem: str):
+    """Whatever a damaged file makes the reader raise becomes an InputError that names the file."""
     try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path}: {problem} ({reason})") from None
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    with reading(path, "not what kd_lt.py wrote; move its folder away"):
         content = json.loads(path.read_text())
         [content[key] for key in ("settings", *keys)]
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"not what kd_lt.py wrote ({type(error).__name__}: {error})"
-        raise InputError(f"{path}: {reason}; move its folder away") from None
     return content
 
 
@@ -629,12 +636,9 @@ def read_checkpoint(path: str | Path) -> tuple[Path, dict]:
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint; give a run folder or its last.pt")
-    try:
+    with reading(path, "not a whole checkpoint of plain tensors"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"settings", "network", "epoch", "student"} - set(content)
-    except Exception as error:  # a damaged file makes torch.load raise a dozen types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a whole checkpoint of plain tensors ({reason})") from None
     if missing:
         raise InputError(f"{path}: not a checkpoint of kd_lt.py: no {', '.join(sorted(missing))}")
     return path, content
@@ -647,13 +651,10 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     Raises InputError where there is no whole checkpoint, or its weights do not fit its settings.
     """
     path, checkpoint = read_checkpoint(path)
-    try:
+    with reading(path, "weights and stored configuration disagree"):
         with torch.random.fork_rng(devices=[]):
             model = build_model(**checkpoint["network"])
         model.load_state_dict(checkpoint["student"])
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: weights and stored configuration disagree ({reason})") from None
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
@@ -666,15 +667,12 @@ def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]
     path, checkpoint = read_checkpoint(folder)
     if (checkpoint["settings"], checkpoint["network"]) != (run.settings, run.network):
         raise InputError(f"{path} is not of the run that config.json there describes: move it away")
-    try:
+    with reading(path, "does not fit its own settings: move it away"):
         run.student.load_state_dict(checkpoint["student"])
         run.adapter.load_state_dict(checkpoint["adapter"])
         for buffer, saved in zip(run.momentum, checkpoint["momentum"], strict=True):
             buffer.copy_(saved)
         generator.set_state(checkpoint["generator"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} does not fit its own settings: move it away ({reason})") from None
     done = checkpoint["epoch"]
     # the log is written before the checkpoint: drop the line of an epoch that will be run again
     lines = log.read_bytes().splitlines(keepends=True)[: 1 + done]

@@ -1550,7 +1550,7 @@ def test_run_all_divides_the_work_and_prints_the_table(tmp_path):
 @pytest.mark.parametrize("a, b", [
     ("--method kd", "--method bkd --bkd-start 1"),  # before its start BKD is KD
     ("--method bsce", "--method krdistill --alpha 0 --gamma 0"),  # both parts off
-])  # fmt: skip
+])
 def test_methods_that_coincide_leave_the_same_log(a, b, tmp_path):
     for name, flags in (("a", a), ("b", b)):
         fixed = ("--smoke", "--epochs", 2, "--device", "cpu", "--runs-dir", tmp_path / name)
@@ -1885,7 +1885,7 @@ def test_ctrl_c(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("stop, status, message", [
     (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
-])  # fmt: skip
+])
 def test_stopped_at_every_write(tiny, tmp_path, capsys, monkeypatch, stop, status, message):
     """Also between the log's line and the checkpoint, and between the last one and the result."""
     text, fsync, n = "--method ce --epochs 2", os.fsync, 0
@@ -1995,7 +1995,7 @@ BAD += [(f"{flag} {value}", flag) for flag, values in {
     "--epoch": "1",  # no abbreviations
     "--temp": "2",
     "--data": "x",
-}.items() for value in values.split()]  # fmt: skip
+}.items() for value in values.split()]
 BAD += [(f"--method {method} {flag} {value}", flag) for method, flag, value in [
     ("krdistill", "--gamma", "-1"),
     ("krdistill", "--gamma", "inf"),
@@ -2013,7 +2013,7 @@ BAD += [(f"--method {method} {flag} {value}", flag) for method, flag, value in [
     ("cbd", "--temperature", "2"),
     ("krdistill", "--beta", "1"),
     ("ltkd", "--bkd-start", "0.5"),
-]]  # fmt: skip
+]]
 BAD += [
     ("--method kd --teacher resnet8 --teacher-checkpoint x", "--teacher-checkpoint"),
     ("--method kd --teacher-checkpoint", "--teacher-checkpoint"),
@@ -2113,7 +2113,7 @@ CHECKPOINTS = {  # an edit of the teacher's checkpoint: keys and the new value; 
     "no settings": ([(["settings"], {})], ""),
     "epochs missing": ([(["settings", "epochs"], None)], ""),
     "weights a list": ([(["student"], [])], ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -2133,7 +2133,7 @@ def test_damaged_teacher(tiny, finished, tmp_path, capsys):
     content, code = torch.load(finished[0] / "last.pt", weights_only=True), io.BytesIO()
     torch.save(content | {"more": Evil(trap)}, code)
     for raw in [None, b"", b"garbage", whole[:-1], whole[: len(whole) // 2], b"PK" + whole[:100],
-                pickle.dumps(Evil(trap), 2), code.getvalue()]:  # fmt: skip
+                pickle.dumps(Evil(trap), 2), code.getvalue()]:
         file.unlink(missing_ok=True)
         if raw is not None:
             file.write_bytes(raw)
@@ -2173,7 +2173,7 @@ def test_folder_of_another_run(tiny, finished, tmp_path, capsys, role, key, valu
     ("student", "result.json", b"[]"),
     ("student", "result.json", b'{"top1": 3}'),
     ("teacher", "result.json", b""),
-])  # fmt: skip
+])
 def test_damaged_folder(tiny, finished, tmp_path, capsys, role, name, content):
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
     folder = runs / finished[role == "student"].name
@@ -2195,7 +2195,7 @@ def test_weights_of_another_network_in_the_folder(tiny, finished, tmp_path, caps
     last = torch.load(folder / "last.pt", weights_only=True)
     for change in ({"network": last["network"] | {"name": "resnet14"}},
                    {"settings": last["settings"] | {"seed": 9}}, {"student": {}},
-                   {"momentum": last["momentum"][:3]}, {"generator": None}):  # fmt: skip
+                   {"momentum": last["momentum"][:3]}, {"generator": None}):
         torch.save(last | change, folder / "last.pt")
         refused(capsys, flags(tiny, runs, "--method kd --epochs 2"), folder / "last.pt")
 
