@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import http.client
 import math
-import numbers
 import os
 import pickle
 import secrets
@@ -77,15 +76,13 @@ def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp"
 
     `exp` falls geometrically from class to class, `step` once, after the first half.
     """
-    if not isinstance(imb, numbers.Real) or not 1 <= imb < math.inf:
-        raise InputError(f"--imb must be a finite number >= 1, not {imb}")
     if kind not in ("exp", "step"):
         raise InputError(f"--imb-type must be exp or step, not {kind!r}")
     if num_classes < 1 or max_count < 1:
         raise ValueError(f"need num_classes, max_count >= 1, not {num_classes}, {max_count}")
-    if imb > max_count:
-        raise InputError(f"--imb {imb:g} leaves a class without images: its largest class has "
-                         f"{max_count}, so --imb can be at most {max_count}")
+    if not 1 <= imb <= max_count:  # nan too
+        raise InputError(f"--imb must lie in 1 .. {max_count} (the images of the largest class, or "
+                         f"the smallest would have none), not {imb:g}")
     if kind == "exp":
         shares = [(1 / imb) ** (c / max(num_classes - 1, 1)) for c in range(num_classes)]
     else:
@@ -311,8 +308,8 @@ def load_dataset(name: str, root: str | Path, imb: float, imb_type: str = "exp",
         tensors = load_npz(name) if own_file else synthetic()
         train, test = tensors[:2], tensors[2:]
     else:
-        raise InputError(f"no data set {name!r}: choose cifar10, cifar100, synthetic or a path "
-                         "that ends in .npz")
+        raise InputError(f"--dataset: no data set {name!r}; choose cifar10, cifar100, synthetic or "
+                         "a path that ends in .npz")
     have = train[1].bincount().tolist()
     counts = class_counts(len(have), max(have), imb, imb_type)
     if own_file and imb == 1:

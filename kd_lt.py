@@ -47,7 +47,7 @@ VERSION = "1.0.0"
 
 
 def as_counts(class_counts: Sequence[float] | Tensor, num_classes: int | None = None) -> Tensor:
-    """class_counts as a float64 tensor (C,)."""
+    """class_counts as a float64 tensor (C,). A tensor is not checked: a count of 0 gives nan."""
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or num_classes not in (None, len(counts)):
         shape, want = tuple(counts.shape), num_classes or "C"
@@ -280,9 +280,10 @@ METHODS = {
     "bsce": Method("CE(z + log pi, y)", "balanced softmax, arXiv 2007.10740; no distillation"),
     "kd": Method("CE + alpha KL_T(p || student)", "arXiv 1503.02531", SOFT),
     "bkd": Method("CE + alpha KL_T(w p / sum w p || student), w inverse effective numbers",
-                  "arXiv 2104.10510 and its code", SOFT | {"beta": 0.9999, "bkd_start": None}),
+                  "the released code of arXiv 2104.10510",
+                  SOFT | {"beta": 0.9999, "bkd_start": None}),
     "cbd": Method("(1 - alpha) CE + alpha beta (1 - cos(student, teacher features))",
-                  "arXiv 2104.05279 and its code",
+                  "the released code of arXiv 2104.05279",
                   TEACHER | {"num_teachers": 1, "alpha": 0.4, "beta": 100.0},
                   sampler="class", head="cosine", projects=True),
     "krdistill": Method("CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
@@ -321,6 +322,7 @@ def method_loss(method: str, s: Output, t: list[Output], y: Tensor, c: SimpleNam
 # ---- training: one loop for teachers and students
 
 RECIPE = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 2e-4}
+BKD_START = {"cifar10": 0.8}  # the share of training before BKD's weights act, as in its code
 GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # training images
 
 
@@ -328,11 +330,6 @@ def learning_rate(epoch: int, epochs: int, base: float) -> float:
     """The rate in epoch 0..epochs-1: up over 5 epochs, x0.01 from 80 %, x0.0001 from 90 %."""
     decay = 0.0001 if 10 * epoch >= 9 * epochs else 0.01 if 10 * epoch >= 8 * epochs else 1.0
     return base * decay * min(1.0, (epoch + 1) / 5)
-
-
-def bkd_start(dataset: str) -> float:
-    """The share of training after which BKD's weights act, as in its code: late on CIFAR-10."""
-    return 0.8 if dataset == "cifar10" else 0.0
 
 
 def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> SimpleNamespace:
@@ -402,6 +399,14 @@ def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> 
     )
 
 
+def freeze(teacher: nn.Module, precision: str) -> nn.Module:
+    """In eval mode, without gradients; the weights that autocast would cast in every step, cast."""
+    for module in teacher.modules():
+        if isinstance(module, nn.Conv2d) and precision == "bf16":
+            module.bfloat16()
+    return teacher.eval().requires_grad_(False)
+
+
 def autocast(device: torch.device, precision: str) -> Callable:
     """Makes autocast contexts, without the weight cache that a CUDA graph cannot hold."""
     kind, on = device.type, precision == "bf16"
@@ -422,9 +427,10 @@ def capture(run: SimpleNamespace) -> Callable[[int], None]:
             run.index.zero_()
             run.step(size)
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.reset_peak_memory_stats()  # the kernels' choice took more than any step will
     for size in sizes:
         graphs[size] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[size], pool=pool), torch.enable_grad():
+        with torch.cuda.graph(graphs[size], pool=pool, stream=side), torch.enable_grad():
             run.step(size)
     for tensor, value in zip(run.state, saved):
         tensor.copy_(value)
@@ -456,8 +462,8 @@ def train(settings: dict, data: Dataset, teachers: list[nn.Module], folder: Path
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             where = f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}"
-            raise RunError(f"{where}: try a smaller --lr. {folder} keeps the checkpoint of the "
-                           "epoch before, if there was one")
+            raise RunError(f"{where}: try a smaller --lr or --alpha. {folder} keeps the checkpoint "
+                           "of the epoch before, if there was one")
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
         row["loss"] = sum(loss * size for loss, size in zip(losses, sizes)) / images
         row["train_top1"] = 100 * run.correct.item() / images
@@ -480,7 +486,7 @@ def predict(model: nn.Module, images: Tensor, device, mixed: Callable) -> Output
     """Logits and features of all images (N, 3, 32, 32) uint8, unaugmented, in eval mode."""
     model.eval()
     parts = []
-    for part in images.split(2500 if device.type == "cuda" else 500):
+    for part in images.split(5000 if device.type == "cuda" else 500):
         part = part.to(device, memory_format=torch.channels_last)
         with mixed():
             parts.append(model(normalise(part)))
@@ -528,7 +534,7 @@ class Busy(RunError):
 
 def run_name(settings: dict) -> str:
     """Readable, and ending in a digest of all settings: different runs never share a folder."""
-    parts = [Path(settings["dataset"]).stem, f"imb{settings['imb']:g}", settings["method"]]
+    parts = [Path(settings["dataset"]).stem[:40], f"imb{settings['imb']:g}", settings["method"]]
     parts += [settings["network"]]
     if teachers := settings["teachers"]:
         parts += ["from", teachers[0]["network"], teachers[0]["method"]]
@@ -543,7 +549,7 @@ def deviations(settings: dict) -> dict:
     """The settings that are not the recipe's or the method's defaults, by name."""
     method, flat = METHODS[settings["method"]], settings | settings["hyper"]
     usual = RECIPE | {"imb_type": "exp", "subset_seed": 0, "colour": False, "head": method.head}
-    usual |= method.defaults | {"bkd_start": bkd_start(settings["dataset"])}
+    usual |= method.defaults | {"bkd_start": BKD_START.get(settings["dataset"], 0.0)}
     del usual["epochs"]  # always shown by itself
     return {key: flat[key] for key in usual if key in flat and flat[key] != usual[key]}
 
@@ -558,7 +564,7 @@ def reading(path: Path, problem: str):
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0]
         raise InputError(f"{path}: {problem} ({reason})") from None
 
 
@@ -675,7 +681,11 @@ def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]
         generator.set_state(checkpoint["generator"])
     done = checkpoint["epoch"]
     # the log is written before the checkpoint: drop the line of an epoch that will be run again
-    lines = log.read_bytes().splitlines(keepends=True)[: 1 + done]
+    with reading(log, "not the log of that checkpoint: move its folder away"):
+        lines = log.read_bytes().splitlines(keepends=True)[: 1 + done]
+        [json.loads(line) for line in lines]
+        if len(lines) != 1 + done or not lines[-1].endswith(b"\n"):
+            raise ValueError(f"{len(lines) - 1} whole lines for {done} epochs")
     write_whole(log, b"".join(lines))
     print(f"resumed  after epoch {done} of {run.settings['epochs']}, from {path}")
     return done, checkpoint["seconds"], list(dict.fromkeys([*checkpoint["devices"], here]))
@@ -704,17 +714,16 @@ def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) 
         given = args.teacher_checkpoint or [None] * len(settings["teachers"])
         for known, path in zip(settings["teachers"], given):
             if path:
-                teachers.append(load_run(path, device))
                 mixed = autocast(device, settings["precision"])
-                results.append(known | test(teachers[-1], data, device, mixed))
+                scores = test(load_run(path, device), data, device, mixed)
             else:
                 own = teacher_settings(settings, known)
-                results.append(known | execute(own, data, args, device, teacher=True))
+                scores = execute(own, data, args, device, teacher=True)
                 path, stored = read_checkpoint(runs_dir / run_name(own))
                 if stored["settings"] != own or stored["epoch"] != own["epochs"]:
                     raise InputError(f"{path} is not of that run's end: move its folder away")
-                teachers.append(load_run(path, device))
-            teachers[-1].requires_grad_(False)
+            teachers.append(freeze(load_run(path, device), settings["precision"]))
+            results.append(known | scores)
             print(f"teacher  {known['network']}, {known['method']}: {scores_line(results[-1])}")
         print(f"{what}, {settings['epochs']} epochs, in {folder}", flush=True)
         result = train(settings, data, teachers, folder, device, args.eval_every)
@@ -739,6 +748,9 @@ def checkpoint_identity(given: str, settings: dict, num_classes: int) -> dict:
         if stored.get(key) != settings[key]:
             both = f"its {key} is {stored.get(key)}, this run's is {settings[key]}"
             raise InputError(f"--teacher-checkpoint {given}: {both}")
+    if all(stored.get(key) == settings[key] for key in ("network", "seed")):
+        raise InputError(f"--teacher-checkpoint {given}: trained with --seed {settings['seed']}; "
+                         "the student would start as its untrained teacher: choose another seed")
     classes = checkpoint["network"]["num_classes"]
     if classes != num_classes:
         raise InputError(f"--teacher-checkpoint {given}: of {classes} classes, not {num_classes}")
@@ -791,7 +803,8 @@ def mean_of(values) -> float:
 
 def report(folder: Path, result: dict) -> None:
     """Student beside teachers: the scores, and a picture of accuracy from head to tail."""
-    shown = [(f"student ({result['settings']['method']})", result)]
+    own = "student" if result["teachers"] else "network"
+    shown = [(f"{own} ({result['settings']['method']})", result)]
     shown += [(f"teacher ({scores['method']})", scores) for scores in result["teachers"]]
     buckets = class_buckets(result["class_counts"], 10)
     print(f"result   {folder}, test accuracy in % after the last epoch")
@@ -801,7 +814,8 @@ def report(folder: Path, result: dict) -> None:
     for name, scores in shown:
         means = [mean_of(scores["per_class"][c] for c in bucket) for bucket in buckets]
         blocks = "".join(" ▁▂▃▄▅▆▇█"[0 if m != m else math.ceil(m / 12.5)] for m in means)
-        print(f"         {name:<20}{blocks}  {' '.join(f'{m:3.0f}' for m in means)}", flush=True)
+        numbers = " ".join("  -" if m != m else f"{m:3.0f}" for m in means)
+        print(f"         {name:<20}{blocks}  {numbers}", flush=True)
 
 
 # ---- how fast
@@ -811,9 +825,10 @@ def untrained(settings: dict, data: Dataset, device) -> tuple[SimpleNamespace, l
     """A run with teachers of the right shape that know nothing: for timing, not for training."""
     num_classes = len(data.class_counts)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         teachers = [build_model(t["network"], num_classes, t["head"]) for t in settings["teachers"]]
     for model in teachers:
-        model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        freeze(model.to(device, memory_format=torch.channels_last), settings["precision"])
     return set_up(settings, data, teachers, device), teachers
 
 
@@ -856,7 +871,8 @@ def estimate(settings: dict, data: Dataset, device, eval_every: int, runs_dir) -
             break  # its teachers are not needed
         if left:
             run = untrained(one, little, device)[0]
-            seconds = seconds_per_step(run, device, 1, 3) / run.batches.sizes[0]
+            steps = 20 if device.type == "cuda" else 1
+            seconds = seconds_per_step(run, device, steps, 3) / run.batches.sizes[0]
             tests = math.ceil(left / eval_every) * len(data.test_targets)
             total += seconds * (left * len(data.train_targets) + tests / 3)  # a test: a third
     return total
@@ -881,13 +897,14 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats
     """The same step as most code has it: float32 (on CUDA with torch's own choice of TF32), NCHW,
     eager, DataLoader, loss read every step.
     """
-    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    fp32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True  # the default
     run, teachers = untrained(settings | {"precision": "fp32"}, data, device)
     for model in (run.student, *teachers):
         model.to(memory_format=torch.contiguous_format)
     student = run.student.train()
     parameters = [*student.parameters(), *run.adapter.parameters()]
-    optimizer = torch.optim.SGD(parameters, settings["lr"], momentum=0.9, weight_decay=2e-4)
+    optimizer = torch.optim.SGD(parameters, settings["lr"], momentum=0.9,
+                                weight_decay=settings["weight_decay"])
     workers = 4 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(PlainImages(data), settings["batch_size"], shuffle=True,
                                          num_workers=workers, persistent_workers=workers > 0)
@@ -904,7 +921,9 @@ def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats
             optimizer.step()
             loss.item()
 
-    return timed(block, device, steps, repeats)
+    seconds = timed(block, device, steps, repeats)
+    torch.backends.cudnn.allow_tf32 = fp32
+    return seconds
 
 
 def bench(settings: dict, data: Dataset, args, device) -> None:
@@ -941,7 +960,7 @@ def bench(settings: dict, data: Dataset, args, device) -> None:
 
 # ---- results: the table and the picture
 
-# Top-1 in %, ResNet-32 (from ResNet-32), 200 epochs, crop and flip, at these data sets and ratios.
+# Top-1 in %, ResNet-32 (kd, cbd: from ResNet-32), at these data sets and ratios.
 PUBLISHED_AT = [(name, imb) for name in ("cifar100", "cifar10") for imb in (100, 50, 10)]
 PUBLISHED = {
     "ce": "37.73 [1], 39.62 [2]|43.78 [1], 44.91 [2]|56.48 [2]"
@@ -955,15 +974,18 @@ PUBLISHED_WIDE = {"kd from ce": "42.48 [6]", "ltkd from ce": "51.08 [6]"}  # 8x4
 SOURCES = {
     "[1]": "zhangyongshun/BagofTricks-LT, its own runs",
     "[2]": "feidfoe/AdjustBnd4Imbalance, README",
-    "[3]": 'Table 2 of "Long-tailed recognition via weight balancing"',
-    "[4]": "DiVE, as BagofTricks-LT lists it",
+    "[3]": 'Table 2 of "Long-tailed recognition via weight balancing"; its teacher is not stated',
+    "[4]": "DiVE (KD from a balanced-softmax teacher), as BagofTricks-LT lists it",
     "[5]": "a re-implementation with another recipe, best test epoch",
     "[6]": "third-party notes on arXiv 2506.18496",
 }
 
 
 def published(settings: dict) -> str:
-    """The figure that may stand beside a setting: same data and networks, our recipe; or a dash."""
+    """The nearest figure that we could read for a setting with default flags; or a dash.
+
+    [1] and [2] have our recipe; method or recipe of the others differ or are not stated.
+    """
     teachers, where = settings["teachers"], (settings["dataset"], settings["imb"])
     networks = [settings["network"], *(teacher["network"] for teacher in teachers)]
     key = " from ".join([settings["method"], *(teacher["method"] for teacher in teachers)])
@@ -982,10 +1004,10 @@ def finished_runs(folders: list[str]) -> list[dict]:
     found = {}  # by path: a run that is named twice counts once
     for folder in map(Path, folders):
         own = folder / "result.json"
-        for path in [own] if own.exists() else sorted(folder.glob("*/result.json")):
-            found[path.resolve()] = read_result(path) | {"folder": path.parent}
-    if not found:
-        raise InputError(f"{' '.join(folders)}: no finished run there (no result.json)")
+        paths = [own] if own.exists() else sorted(folder.glob("*/result.json"))
+        if not paths:
+            raise InputError(f"{folder}: no finished run there (no result.json)")
+        found |= {path.resolve(): read_result(path) | {"folder": path.parent} for path in paths}
     return list(found.values())
 
 
@@ -1036,8 +1058,10 @@ def table(folders: list[str]) -> None:
         cells += [f"{minutes:.1f}", published(s)]
         used |= set(re.findall(r"\[\d\]", cells[-1]))
         print(f"| {' | '.join(cells)} |")
-    print("\nMean ± sample standard deviation over n seeds; minutes are of the last network. ce and")
-    print("bsce count the runs made as teachers, seeds from 1000. krdistill is our reconstruction.")
+    print("\nMean ± sample standard deviation over n seeds; ce and bsce also count the runs that were")
+    print("made as teachers. many, medium, few: classes of more than 100, 20 to 100, fewer than 20")
+    print("training images. minutes: training of this network alone. published: the nearest figure")
+    print("that we could read, or a dash. krdistill is our reconstruction, ltkd our reading.")
     for key in sorted(used):
         print(f"{key} {SOURCES[key]}")
 
@@ -1092,14 +1116,13 @@ def plot(file: str, folders: list[str]) -> None:
 # ---- flags
 
 
-def number(kind: type, low: float, high: float = 1e9, above: bool = False) -> Callable:
-    """An argparse type: an int or float from low (or above it) up to high."""
+def number(kind: type, low: float, high: float = 1e9) -> Callable:
+    """An argparse type: an int or float from low to high."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or (above and value == low):
-            bounds = f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} .. {high:g}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
@@ -1114,7 +1137,8 @@ def method_table() -> str:
         own |= {"bkd_start": "0 (cifar10: 0.8)"} if "bkd_start" in own else {}
         flags = "".join(f" {flag(key)} {value}" for key, value in own.items())
         teachers = "K teachers" if name == "cbd" else "1 teacher" if own else "no teacher"
-        about = f"{method.sampler}-balanced batches, {method.head} head, {teachers}"
+        sampler = {"class": "class-balanced draws", "instance": "each image once an epoch"}
+        about = f"{sampler[method.sampler]}, {method.head} head, {teachers}"
         lines += [f"  {name:<10} {method.formula}", f"{'':13}{method.source}", f"{'':13}{about}"]
         lines += [f"{'':12}{flags}"] if flags else []
     return "\n".join(lines)
@@ -1145,10 +1169,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("recipe of teacher and student").add_argument
     add("--epochs", type=positive, help="default 200")
     add("--batch-size", type=positive, help="default 128")
-    add("--lr", type=number(float, 0, above=True), help="default 0.1")
+    add("--lr", type=number(float, 1e-6), help="default 0.1")
     add("--weight-decay", type=weight, help="default 0.0002")
     add = parser.add_argument_group("loss (defaults below)").add_argument
-    add("--temperature", type=number(float, 0, above=True), help="T of the softened probabilities")
+    add("--temperature", type=number(float, 1e-3), help="T of the softened probabilities")
     add("--alpha", type=weight, help="of distillation; krdistill (reconstruction): L_LRD; 0: off")
     add("--beta", type=weight, help="bkd: of effective numbers; cbd: of L_FD; ltkd: within groups")
     add("--gamma", type=weight, help="krdistill (reconstruction): of L_RRD; 0: off")
@@ -1173,7 +1197,7 @@ def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
     """The settings that make a run what it is, every default filled in."""
     method = METHODS[args.method]
     hyper = {key: value for key, value in method.defaults.items() if key not in TEACHER}
-    hyper |= {"bkd_start": bkd_start(args.dataset)} if "bkd_start" in hyper else {}
+    hyper |= {"bkd_start": BKD_START.get(args.dataset, 0.0)} if "bkd_start" in hyper else {}
     hyper |= {key: getattr(args, key) for key in hyper if getattr(args, key) is not None}
     count = hyper.pop("num_teachers", 1 if method.defaults else 0)
     same = ("dataset", "imb", "imb_type", "subset_seed", "method", "seed", *RECIPE)
@@ -1246,16 +1270,15 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
 
 
 def run_command(args: argparse.Namespace) -> None:
-    runs = [args.runs_dir or (SMOKE["runs_dir"] if args.smoke else "runs")]
     if args.table is not None or args.plot:
+        folders = args.plot[1:] if args.plot else args.table
         usual = vars(parse_flags([])) | {"table": args.table, "plot": args.plot}
-        for key in sorted(usual.keys() - {"runs_dir", "smoke"}):
+        for key in sorted(usual.keys() - (set() if folders else {"runs_dir", "smoke"})):
             if getattr(args, key) != usual[key]:
-                raise InputError(f"{flag(key)} does nothing with --table and --plot: leave it out")
-    if args.table is not None:
-        return table(args.table or runs)
-    if args.plot:
-        return plot(args.plot[0], args.plot[1:] or runs)
+                what = f"--{'plot FILE' if args.plot else 'table'}{' RUNS' if folders else ''}"
+                raise InputError(f"{flag(key)} does nothing with {what}: leave it out")
+        folders = folders or [args.runs_dir or (SMOKE["runs_dir"] if args.smoke else "runs")]
+        return plot(args.plot[0], folders) if args.plot else table(folders)
     check_flags(args)
     device, precision = choose_device(args)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
@@ -1291,6 +1314,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     try:
         run_command(args)
+        sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except InputError as error:
         message, status = str(error), 2
@@ -1303,8 +1327,12 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CUDA'}: "
         message += f"out of memory with --batch-size {args.batch_size}; try a smaller one"
         status = 1
+    except BrokenPipeError:  # what we print to is gone: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
-        message, status = f"{error.filename or args.runs_dir}: {error.strerror or error}", 1
+        where = error.filename or args.runs_dir or "standard output"
+        message, status = f"{where}: {error.strerror or error}", 1
     except KeyboardInterrupt:
         message, status = "interrupted; the same command continues after the last whole epoch", 130
     print(f"kd_lt.py: {message}", file=sys.stderr)
