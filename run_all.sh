@@ -10,6 +10,7 @@
 #   TEACHER=resnet20 STUDENT=resnet20 EPOCHS=30 ./run_all.sh       the setting of the README's table
 #   METHODS=cbd EXTRA="--num-teachers 4" ./run_all.sh              one row more
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
+#   for i in 1 2; do OMP_NUM_THREADS=1 ./run_all.sh & done; wait   a CPU with two cores
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
 #   sbatch --array=0-7 --gpus=1 run_all.sh                         Slurm; RUNS on a shared file system
 set -uo pipefail
@@ -17,6 +18,7 @@ METHODS=${METHODS:-ce bsce kd bkd cbd krdistill ltkd} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
 TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
 RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
+"$PYTHON" -c "import torch" || exit
 [ -f kd_lt.py ] || cd "$(dirname "$0")" || exit  # Slurm runs a copy from elsewhere, in this folder
 busy=0 failed=0
 for seed in $SEEDS; do

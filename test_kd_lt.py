@@ -1129,13 +1129,13 @@ def test_synthetic():
     assert test_targets.bincount().tolist() == [50] * 10
     few = data.synthetic(3, 4, 5)
     assert len(few[0]) == 12 and len(few[2]) == 15
-    # Nearest class mean: learnable, yet not trivial, least of all from two images a class.
+    # Nearest class mean: learnable from two images a class.
     def accuracy(count):
         rows = data.long_tail_indices(targets, [count] * 10)
         means = torch.stack([images[rows][targets[rows] == c].float().mean(0) for c in range(10)])
         near = torch.cdist(test_images.flatten(1).float(), means.flatten(1)).argmin(1)
         return (near == test_targets).float().mean()
-    assert 0.3 < accuracy(2) < 0.8 < accuracy(200) < 0.99
+    assert accuracy(2) > 0.9
 
 
 def test_load_dataset_synthetic():
@@ -1556,6 +1556,14 @@ def test_methods_that_coincide_leave_the_same_log(a, b, tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_smoke_learns(tmp_path):
+    run("--smoke", "--device", "cpu", "--runs-dir", tmp_path)
+    result = json.loads((only_run(tmp_path, "bkd") / "result.json").read_text())
+    teacher = result["teachers"][0]
+    assert result["top1"] > 40 and teacher["top1"] > 40 and result["many"] > 80
+    assert result["few"] > teacher["few"]  # what BKD is for
+
+
 def test_bkd_weights_act_from_the_start_that_is_set(tmp_path):
     flags = ("--smoke", "--epochs", 4, "--device", "cpu", "--runs-dir")
     run(*flags, tmp_path / "kd", "--method", "kd")
@@ -1634,7 +1642,7 @@ def test_the_step_is_plain_sgd_with_momentum_and_decay(made_up):
     weights = [p.detach().clone() for p in step_run.student.parameters()]
     momentum = [m.clone() for m in step_run.momentum]
     step_run.step(64)
-    rate = kd_lt.learning_rate(4, 3, 0.5)
+    rate = kd_lt.learning_rate(4, settings["epochs"], 0.5)
     for p, w, m, v in zip(step_run.student.parameters(), weights, momentum, step_run.momentum):
         torch.testing.assert_close(v, 0.9 * m + p.grad + 0.01 * w)
         torch.testing.assert_close(p.detach(), w - rate * (0.9 * m + p.grad + 0.01 * w))
@@ -2258,7 +2266,8 @@ def test_loss_that_is_not_finite(tiny, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("method", kd_lt.METHODS)
 def test_batch_of_one(tiny, tmp_path, capsys, method):
-    status, _, err = main(capsys, flags(tiny, tmp_path, f"--method {method} --batch-size 1"))
+    text = f"--method {method} --epochs 3 --batch-size 1"
+    status, _, err = main(capsys, flags(tiny, tmp_path, text))
     assert status == 0, err
     for checkpoint, rows, _ in outcome(tmp_path).values():
         assert all(np.isfinite(row["loss"]) for row in rows)
