@@ -1094,7 +1094,8 @@ def plot(file: str, folders: list[str]) -> None:
         left.patch.set_visible(False)
         for i, group in enumerate(groups):
             s = group[0]["settings"]
-            style = {"label": f"{label(s)}, {s['network']}, {s['epochs']} epochs, n = {len(group)}"}
+            setting = f"{label(s)}, {s['network']}, {s['epochs']} epochs, {s['precision']}"
+            style = {"label": f"{setting}, n = {len(group)}"}
             style |= {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
             style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1))}
             means = [mean_of(r["per_class"][c] for r in group for c in part) for part in buckets]
