@@ -1058,10 +1058,10 @@ def table(folders: list[str]) -> None:
         cells += [f"{minutes:.1f}", published(s)]
         used |= set(re.findall(r"\[\d\]", cells[-1]))
         print(f"| {' | '.join(cells)} |")
-    print("\nMean ± sample standard deviation over n seeds; ce and bsce count the runs made as teachers")
-    print("too. many, medium, few: classes of more than 100, 20 to 100, fewer than 20 training images.")
-    print("minutes: training of this network alone. published: the nearest figure that we could read,")
-    print("or a dash. krdistill is our reconstruction, ltkd our reading.")
+    print("\nMean ± sample standard deviation over n seeds; ce and bsce count the runs made as")
+    print("teachers too. many, medium, few: classes of more than 100, 20 to 100, fewer than 20")
+    print("training images. minutes: training of this network alone. published: the nearest figure")
+    print("that we could read, or a dash. krdistill is our reconstruction, ltkd our reading.")
     for key in sorted(used):
         print(f"{key} {SOURCES[key]}")
 

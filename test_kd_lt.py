@@ -1583,6 +1583,40 @@ def made_up():
     return data.load_dataset("synthetic", ".", 100)
 
 
+@pytest.mark.parametrize("method, key", [
+    (method, key) for method in DISTILLING for key in kd_lt.METHODS[method].defaults
+    if key not in (*kd_lt.TEACHER, "num_teachers")])
+def test_flags_of_the_loss_reach_it(method, key, made_up):
+    flag = "--" + key.replace("_", "-")
+    hyper = settings_for(method, made_up, flag, "0.7")["hyper"]
+    assert hyper == settings_for(method, made_up)["hyper"] | {key: 0.7}
+
+
+@pytest.mark.parametrize("method", DISTILLING)
+def test_method_loss_passes_every_number_on(method):
+    x = make_case(generator(19), 8, 6)
+    h = {"kd": {}, "bkd": dict(beta=0.8), "cbd": dict(beta=7.0), "krdistill": dict(gamma=5.0),
+         "ltkd": dict(beta=3.0)}[method] | dict(alpha=0.3)
+    h |= dict(temperature=1.7) if method in SOFT else {}
+    means, f_t = torch.randn(6, 6, generator=generator(20)).double(), torch.cat(x.f_t, 1)
+    x.r = rectify_features(f_t, x.y, means, balanced_prototypes(means))
+    student = models.Output(x.z_s, x.f_s / 2)
+    teachers = [models.Output(x.z_t, f) for f in (x.f_t if method == "cbd" else [f_t])]
+    c = SimpleNamespace(**h, class_counts=doubles(x.n), weight_counts=doubles(x.n),
+                        adapter=lambda f: 2 * f if method == "krdistill" else f, class_means=means,
+                        prototypes=balanced_prototypes(means), teacher_tilt=0.0)
+    ours = kd_lt.method_loss(method, student, teachers, x.y, c)
+    assert ours.item() == pytest.approx(LOSSES[method](x, **h).item(), rel=1e-12)
+
+
+def test_flags_of_the_data_reach_it(tmp_path):
+    for more in ((), ("--imb", 10), ("--imb-type", "step"), ("--subset-seed", 1)):
+        fixed = ("--smoke", "--method", "ce", "--epochs", 1, "--device", "cpu")
+        run(*fixed, "--runs-dir", tmp_path, *more)
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")]
+    assert len({config["settings"]["data"] for config in configs}) == 4
+
+
 @pytest.mark.parametrize("method", kd_lt.METHODS)
 def test_the_step_stays_on_its_device_and_reads_nothing_back(method, made_up, monkeypatch):
     """On "meta" a CPU tensor in the step, or a value asked of a tensor, is an error."""
