@@ -1,1312 +1,870 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
-"""Knowledge distillation for long-tailed recognition: vanilla KD, BKD, CBD, LTKD (our reading) and
-KRDistill (our reconstruction).
+"""Knowledge distillation for long-tailed recognition: KD, BKD, CBD, DiVE, KRDistill (reconstructed)
 
-    python kd_lt.py --method bkd --imb 100        train a teacher, distil a student, report
+    python kd_lt.py --smoke                  the whole way in seconds, on generated images
+    python kd_lt.py --method bkd --imb 100   train a teacher, distil the student, report
 
-Read top to bottom: the losses (free functions, made to be copied), the table of methods, one
-training loop for teachers and students, and behind them run folders, reports and the flags.
+Read from top to bottom: 1 losses (free functions, made to be copied), 2 the table of methods,
+3 training (one loop for teachers and students), 4 run folders, 5 reports, 6 the command line.
 """
 import argparse
-import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
-import os
-import platform
-import re
-import shlex
-import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
-from models import NETWORKS, Output, build_model
+from data import Batches, InputError, load_dataset, lock, normalise, write_json, write_whole
+from models import NETWORKS, Output, ResNet, build_model
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 
-# ---- losses: student and teacher tensors, targets and class counts in, one scalar out
+# ---- 1 losses
 #
-# B samples, C classes, D features. Logits are (B, C), features (B, D), float of any width, on any
-# device (half precision: cast to float32 first, as the training loop does); targets (B,) int64.
-# class_counts: C training-image counts >= 1, a sequence, which is checked, or a tensor, which is
-# used as it is: reading it back would stall a GPU. Every loss is a mean over the batch, and no
-# gradient reaches the teacher. Wrong shapes or hyperparameters raise ValueError.
+# B images, C classes, D features; any device and float dtype (cast half precision to float32
+# first, as the training loop does). No gradient reaches the teacher. class_counts, the training
+# images of each class, may be a list, a NumPy array or a tensor. The numbers in a tensor are not
+# checked, because a look at them would stall a GPU.
 
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
+            temperature: float = 2.0, alpha: float = 1.0) -> torch.Tensor:
+    """KD: CE(z, y) + alpha KL_T(p, z), p the teacher (Hinton et al. 2015, arXiv 1503.02531).
 
-def as_counts(class_counts: Sequence[float] | Tensor, num_classes: int | None = None) -> Tensor:
-    """class_counts as a float64 tensor (C,). A tensor is not checked: a count of 0 gives nan."""
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.ndim != 1 or num_classes not in (None, len(counts)):
-        shape, want = tuple(counts.shape), num_classes or "C"
-        raise ValueError(f"class_counts must have shape ({want},), one count a class, not {shape}")
-    if not isinstance(class_counts, Tensor) and not bool((counts >= 1).all()):
-        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
-    return counts
-
-
-def log_prior(class_counts: Sequence[float] | Tensor, logits: Tensor) -> Tensor:
-    """log pi_c = log(n_c / N), (C,), with the device and dtype of logits (B, C)."""
-    counts = as_counts(class_counts, logits.shape[1])
-    return (counts / counts.sum()).log().to(logits)
-
-
-def check_pair(student: Tensor, teacher: Tensor, what: str, temperature: float = 1.0) -> None:
-    """ValueError unless both have one shape and the temperature is positive."""
-    if student.shape != teacher.shape:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"student and teacher {what} must have one shape, not {shapes}")
+    KL_T(p, z) = T^2 mean_B sum_c p_c (log p_c - log softmax(z/T)_c), p = softmax(teacher_logits/T).
+    student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64. Scalar, mean over the
+    batch. Raises ValueError where shapes differ and for temperature <= 0.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+    log_p = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
+    log_student = F.log_softmax(student_logits / temperature, dim=1)
+    kl = temperature**2 * F.kl_div(log_student, log_p, reduction="batchmean", log_target=True)
+    return F.cross_entropy(student_logits, targets) + alpha * kl
 
+def effective_number_weights(class_counts: list[float] | torch.Tensor,
+                             beta: float = 0.9999) -> torch.Tensor:
+    """Inverse effective numbers of images, with mean 1 (Cui et al. 2019, arXiv 1901.05555).
 
-def distillation_kl(target_log_probs: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 mean_B sum_c q_c (log q_c - log softmax(z^s/T)_c), with target_log_probs log q (B, C)."""
-    check_pair(student_logits, target_log_probs, "logits", temperature)
-    log_probs = F.log_softmax(student_logits / temperature, dim=1)
-    divergence = F.kl_div(log_probs, target_log_probs, reduction="batchmean", log_target=True)
-    return temperature**2 * divergence
-
-
-def effective_number_weights(class_counts: Sequence[float] | Tensor,
-                             beta: float = 0.9999) -> Tensor:
-    """Inverse effective numbers of samples, scaled to mean 1 (Cui et al. 2019, arXiv 1901.05555).
-
-    w_c = C v_c / sum_j v_j with v_c = (1 - beta) / (1 - beta^n_c). beta in [0, 1); 0 gives ones.
-    Returns (C,) float64, on the device of class_counts.
+    w_c = C v_c / sum_j v_j, v_c = (1 - beta) / (1 - beta^n_c). class_counts n: C numbers. Returns
+    (C,) float64. Raises ValueError for other shapes, counts below 1 and beta outside [0, 1).
     """
-    counts = as_counts(class_counts)
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.ndim != 1:
+        raise ValueError(f"class_counts must be C numbers, not of shape {counts.shape}")
+    if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
+        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
     log_beta = math.log(beta) if beta else -math.inf
-    inverse = (1 - beta) / -torch.expm1(counts * log_beta)  # expm1: exact where beta^n is near 1
-    return len(counts) * inverse / inverse.sum()
+    v = (1 - beta) / -torch.expm1(counts * log_beta)  # expm1 stays exact where beta^n is near 1
+    return len(counts) * v / v.sum()
 
+def bkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
+             class_counts: list[float] | torch.Tensor, temperature: float = 2.0,
+             alpha: float = 1.0, beta: float = 0.9999) -> torch.Tensor:
+    """BKD: CE(z, y) + alpha KL_T(q, z), q the re-weighted teacher (arXiv 2104.10510, its code).
 
-def balanced_softmax_loss(logits: Tensor, targets: Tensor,
-                          class_counts: Sequence[float] | Tensor) -> Tensor:
-    """Balanced softmax: CE(z + log pi, y); test with plain z (Ren et al. 2020, arXiv 2007.10740).
-
-    logits (B, C), targets (B,) int64, class_counts (C,). Scalar, mean over the batch.
+    q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights. A
+    weight belongs to a class column of q: taken by an image's label, it would cancel in q. KL_T is
+    that of kd_loss. student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64.
+    class_counts: C numbers. Scalar, mean over the batch. Raises ValueError for shapes that do not
+    fit, counts below 1, temperature <= 0 and beta outside [0, 1).
     """
-    return F.cross_entropy(logits + log_prior(class_counts, logits), targets)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    log_w = effective_number_weights(class_counts, beta).log().to(teacher_logits)
+    if log_w.shape != teacher_logits.shape[1:]:
+        raise ValueError(f"class_counts: {log_w.shape}, not {teacher_logits.shape[1:]}")
+    log_q = F.log_softmax(teacher_logits.detach() / temperature + log_w, dim=1)
+    log_student = F.log_softmax(student_logits / temperature, dim=1)
+    kl = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
+    return F.cross_entropy(student_logits, targets) + alpha * kl
 
+def cbd_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
+             teacher_features: list[torch.Tensor], targets: torch.Tensor,
+             alpha: float = 0.4, beta: float = 100.0) -> torch.Tensor:
+    """CBD: (1 - alpha) CE(z, y) + alpha beta mean_B(1 - cos(s, t)) (arXiv 2104.05279, its code).
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
-            temperature: float = 2.0, alpha: float = 1.0) -> Tensor:
-    """Vanilla distillation: CE + alpha KL_T (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
-
-    student_logits, teacher_logits (B, C), targets (B,) int64. Scalar, mean over the batch; the KL
-    term is multiplied by T^2. ValueError where shapes differ or temperature <= 0.
-    """
-    q = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
-    ce = F.cross_entropy(student_logits, targets)
-    return ce + alpha * distillation_kl(q, student_logits, temperature)
-
-
-def bkd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
-             class_counts: Sequence[float] | Tensor, temperature: float = 2.0,
-             alpha: float = 1.0, beta: float = 0.9999) -> Tensor:
-    """Balanced knowledge distillation: CE + alpha KL_T to a re-weighted teacher (arXiv 2104.10510).
-
-    q_c = w_c p_c / sum_j w_j p_j with p = softmax(z^t/T) and w = effective_number_weights. The
-    weights belong to the class columns of q: taken by the sample's label they would cancel.
-    student_logits, teacher_logits (B, C), targets (B,) int64, class_counts (C,). Scalar, mean over
-    the batch; the KL term is multiplied by T^2. ValueError as kd_loss, and for beta not in [0, 1).
-    """
-    check_pair(student_logits, teacher_logits, "logits", temperature)
-    counts = as_counts(class_counts, student_logits.shape[1])
-    log_w = effective_number_weights(counts, beta).log().to(teacher_logits)  # (C,)
-    q = F.log_softmax(teacher_logits.detach() / temperature + log_w, dim=1)
-    ce = F.cross_entropy(student_logits, targets)
-    return ce + alpha * distillation_kl(q, student_logits, temperature)
-
-
-def cbd_loss(student_logits: Tensor, student_features: Tensor, teacher_features: Sequence[Tensor],
-             targets: Tensor, alpha: float = 0.4, beta: float = 100.0) -> Tensor:
-    """Class-balanced distillation: (1 - alpha) CE + alpha beta L_FD (arXiv 2104.05279).
-
-    L_FD = mean_B(1 - <s, t>), s the student's features and t the K teachers', each normalised,
-    joined and normalised again. Its batches must be sampled class-balanced: nothing else in it is.
-    student_logits (B, C), student_features (B, D_1 + ... + D_K), teacher_features K tensors
-    (B, D_k), targets (B,) int64. Scalar, mean over the batch. ValueError where the widths differ.
+    t joins the features of K teachers, each scaled to length 1. The loss balances no classes: its
+    batches do, in which every class is drawn equally often. student_logits z: (B, C) float.
+    student_features s: (B, D_1 + ... + D_K). teacher_features: K tensors (B, D_k). targets y: (B,)
+    int64. Scalar, mean over the batch. Raises ValueError where the shapes of s and t differ.
     """
     t = torch.cat([F.normalize(features.detach(), dim=1) for features in teacher_features], dim=1)
-    check_pair(student_features, t, "features (all teachers' joined)")
+    if student_features.shape != t.shape:
+        raise ValueError(f"student_features: {student_features.shape}, teacher_features: {t.shape}")
     ce = F.cross_entropy(student_logits, targets)
     l_fd = (1 - F.cosine_similarity(student_features, t, dim=1)).mean()
     return (1 - alpha) * ce + alpha * beta * l_fd
 
+def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
+                          class_counts: list[float] | torch.Tensor) -> torch.Tensor:
+    """Balanced softmax: CE(z + log pi, y), pi_c = n_c / sum n (Ren et al. 2020, arXiv 2007.10740).
 
-def balanced_prototypes(class_means: Tensor) -> Tensor:
-    """The class arrangement that favours no direction and is nearest to the teacher's own.
+    The class prior pi is added in training alone; a test uses z as it is. logits z: (B, C) float.
+    targets y: (B,) int64. class_counts n: C numbers. Scalar, mean over the batch. Raises ValueError
+    where class_counts are not C numbers of at least 1.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.shape != logits.shape[1:]:
+        raise ValueError(f"class_counts: {counts.shape}, not {logits.shape[1:]}")
+    if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
+        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
+    log_pi = (counts / counts.sum()).log().to(logits)
+    return F.cross_entropy(logits + log_pi, targets)
 
-    Our reconstruction of KRDistill's "balanced category priors" (arXiv 2409.07694, abstract).
-    M = m_c - mean_c m_c, compact SVD M = U S V^T, P = U V^T, then rows scaled to length 1: the
-    simplex ETF (cosines -1/(C-1)) for D >= C - 1, the nearest tight frame for smaller D.
-    class_means (C, D) float, C >= 2. Returns (C, D) in its dtype, computed in float64.
+def dive_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
+              class_counts: list[float] | torch.Tensor, temperature: float = 2.0,
+              alpha: float = 0.5, power: float = 0.5) -> torch.Tensor:
+    """DiVE: (1 - alpha) CE(z + log pi, y) + alpha KL_T(q, z), q flattened (arXiv 2103.15042).
+
+    q_c = p_c^power / sum_j p_j^power, p = softmax(teacher_logits/T), of a teacher trained with
+    balanced_softmax_loss. KL_T is that of kd_loss. student_logits z, teacher_logits: (B, C) float.
+    targets y: (B,) int64. class_counts: C numbers. Scalar, mean over the batch. Raises ValueError
+    for shapes that do not fit, counts below 1 and temperature <= 0.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    log_q = F.log_softmax(power * teacher_logits.detach() / temperature, dim=1)
+    log_student = F.log_softmax(student_logits / temperature, dim=1)
+    kl = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
+    return (1 - alpha) * balanced_softmax_loss(student_logits, targets, class_counts) + alpha * kl
+
+# Of KRDistill (arXiv 2409.07694) we had the abstract alone: the following four functions are our
+# reconstruction of it, not the authors' equations.
+
+def balanced_prototypes(class_means: torch.Tensor) -> torch.Tensor:
+    """The arrangement of C classes that favours no direction and is nearest to the teacher's own.
+
+    Our reconstruction of the abstract's "balanced category priors": M_c = m_c - mean_c m_c, thin
+    SVD M = U S V^T, P = U V^T, rows scaled to length 1. Where D >= C - 1 it is the simplex ETF, in
+    which any two classes have the cosine -1/(C-1). class_means m: (C, D) float. Returns (C, D).
+    Raises ValueError for another shape and for C = 1.
     """
     if class_means.ndim != 2 or len(class_means) < 2:
-        raise ValueError(f"class_means must be (C, D) with C >= 2, not {tuple(class_means.shape)}")
+        raise ValueError(f"class_means must be (C, D) with C >= 2, not {class_means.shape}")
     centred = class_means.double() - class_means.double().mean(0)
     u, s, vt = torch.linalg.svd(centred, full_matrices=False)
-    kept = s > 1e-9 * s[0]  # the directions that the centred means span: at most C - 1
+    kept = s > 1e-9 * s[0]  # the directions that the centred means span, at most C - 1
     return F.normalize(u[:, kept] @ vt[kept], dim=1).to(class_means)
 
+def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
+                     class_means: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+    """Move each feature vector from its class mean to its class's balanced place.
 
-def rectify_features(teacher_features: Tensor, targets: Tensor, class_means: Tensor,
-                     prototypes: Tensor) -> Tensor:
-    """Move each feature from its class mean to its class's balanced place (our reconstruction).
-
-    r = norm(t - m_y + s P_y), s = mean_c |m_c - mean_c m_c|: what is particular to the image stays.
-    teacher_features (B, D), targets (B,) int64, class_means and prototypes (C, D). Returns (B, D),
-    rows of length 1.
+    Our reconstruction: r = norm(t - m_y + s P_y) with s = mean_c |m_c - mean_c m_c|; what sets an
+    image apart from its class stays. teacher_features t: (B, D) float. targets y: (B,) int64.
+    class_means m, prototypes P: (C, D). Returns (B, D). Raises ValueError where shapes do not fit.
     """
+    if teacher_features.shape != targets.shape + prototypes.shape[1:]:
+        raise ValueError(f"teacher_features: {teacher_features.shape} for targets {targets.shape}")
+    if class_means.shape != prototypes.shape:
+        raise ValueError(f"class_means: {class_means.shape}, not {prototypes.shape}")
     scale = (class_means - class_means.mean(0)).norm(dim=1).mean()
     return F.normalize(teacher_features + (scale * prototypes - class_means)[targets], dim=1)
 
+def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
+                   class_counts: list[float] | torch.Tensor) -> torch.Tensor:
+    """Take the class prior out of the teacher's logits, then let the true class rank first.
 
-def rectify_logits(teacher_logits: Tensor, targets: Tensor,
-                   class_counts: Sequence[float] | Tensor) -> Tensor:
-    """Take the training prior out of the logits, then let the true class rank first.
-
-    Our reconstruction (KRDistill, arXiv 2409.07694): z~ = z^t - log pi; where the largest entry is
-    not the true class's, the two change places. teacher_logits (B, C), targets (B,) int64,
-    class_counts (C,). Returns (B, C).
+    Our reconstruction: z~ = teacher_logits - log pi, pi_c = n_c / sum n; where its largest entry is
+    not the true class's, the two change places. teacher_logits: (B, C) float. targets: (B,) int64.
+    class_counts n: C numbers. Returns (B, C). Raises ValueError for other shapes, counts below 1.
     """
-    z = teacher_logits - log_prior(class_counts, teacher_logits)
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if teacher_logits.shape != targets.shape + counts.shape:
+        wanted = f"targets {targets.shape} by class_counts {counts.shape}"
+        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {wanted}")
+    if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
+        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
+    z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
     true, top = targets[:, None], z.argmax(dim=1, keepdim=True)
     return z.scatter(1, top, z.gather(1, true)).scatter(1, true, z.gather(1, top))
 
+def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
+                   teacher_logits: torch.Tensor, rectified_features: torch.Tensor,
+                   targets: torch.Tensor, class_counts: list[float] | torch.Tensor,
+                   temperature: float = 2.0, alpha: float = 1.0,
+                   gamma: float = 2.0) -> torch.Tensor:
+    """KRDistill, our reconstruction: CE(z + log pi, y) + alpha L_LRD + gamma L_RRD (2409.07694).
 
-def krdistill_loss(student_logits: Tensor, student_features: Tensor, teacher_logits: Tensor,
-                   rectified_features: Tensor, targets: Tensor,
-                   class_counts: Sequence[float] | Tensor, temperature: float = 2.0,
-                   alpha: float = 1.0, gamma: float = 2.0) -> Tensor:
-    """Knowledge rectification distillation, our reconstruction from the abstract of 2409.07694.
-
-    L = CE(z^s + log pi, y) + alpha L_LRD + gamma L_RRD; L_LRD = KL_T to rectify_logits(z^t),
-    L_RRD = mean_B(1 - <norm(g), r>). alpha = 0 or gamma = 0 switches a part off.
-    student_logits, teacher_logits (B, C); student_features (B, D): g, the student's features mapped
-    linearly to the teacher's width; rectified_features (B, D): r, from rectify_features; targets
-    (B,) int64; class_counts (C,). Scalar, mean over the batch; L_LRD contains the factor T^2.
+    L_LRD is the KL_T of kd_loss to the rectify_logits, L_RRD = mean_B(1 - cos(g, r)).
+    student_logits z, teacher_logits: (B, C) float. student_features g: (B, D), mapped linearly to
+    the teacher's width. rectified_features r: (B, D), of rectify_features. targets y: (B,) int64.
+    class_counts: C numbers. Scalar, mean over the batch. Raises ValueError for shapes that do not
+    fit, counts below 1 and temperature <= 0.
     """
-    check_pair(student_features, rectified_features, "features")
-    q = rectify_logits(teacher_logits.detach(), targets, class_counts) / temperature
-    ce = balanced_softmax_loss(student_logits, targets, class_counts)
-    l_lrd = distillation_kl(F.log_softmax(q, dim=1), student_logits, temperature)
-    r = rectified_features.detach()
-    l_rrd = (1 - F.cosine_similarity(student_features, r, dim=1)).mean()
-    return ce + alpha * l_lrd + gamma * l_rrd
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
+    if student_features.shape != rectified_features.shape:
+        shapes = f"{rectified_features.shape}, not {student_features.shape}"
+        raise ValueError(f"rectified_features: {shapes} as student_features")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    z_t = rectify_logits(teacher_logits.detach(), targets, class_counts)
+    log_q = F.log_softmax(z_t / temperature, dim=1)
+    log_student = F.log_softmax(student_logits / temperature, dim=1)
+    l_lrd = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
+    cosine = F.cosine_similarity(student_features, rectified_features.detach(), dim=1)
+    l_rrd = (1 - cosine).mean()
+    bsce = balanced_softmax_loss(student_logits, targets, class_counts)
+    return bsce + alpha * l_lrd + gamma * l_rrd
 
-
-def grouped_kl(student_logits: Tensor, teacher_logits: Tensor,
-               class_counts: Sequence[float] | Tensor, temperature: float,
-               balance: bool = True) -> tuple[Tensor, Tensor]:
-    """KL between and within head, medium and tail: two scalars, means over the batch, without T^2.
-
-    Classes sorted by count: first 33 % head, last 33 % tail. With balance=False the two add up to
-    KL(softmax(z^t/T) || softmax(z^s/T)) exactly. balance=True: the teacher's group masses are
-    rescaled so that the batch's sums are uniform, and every group's inner KL counts in full (LTKD).
-    """
-    check_pair(student_logits, teacher_logits, "logits", temperature)
-    num_classes = student_logits.shape[1]
-    counts = as_counts(class_counts, num_classes)
-    if num_classes < 3:
-        raise ValueError(f"head, medium and tail need at least 3 classes, not {num_classes}")
-    third = round(0.33 * num_classes)
-    order = counts.argsort(descending=True, stable=True).to(student_logits.device)
-    sizes = [third, num_classes - 2 * third, third]
-    t = F.log_softmax(teacher_logits.detach() / temperature, dim=1)[:, order].split(sizes, dim=1)
-    s = F.log_softmax(student_logits / temperature, dim=1)[:, order].split(sizes, dim=1)
-    t_mass = torch.stack([group.logsumexp(dim=1) for group in t], dim=1)  # (B, 3): log p^t_G
-    s_mass = torch.stack([group.logsumexp(dim=1) for group in s], dim=1)
-    inner = [  # (B,): KL within the group
-        F.kl_div(s_g - s_m[:, None], t_g - t_m[:, None], reduction="none", log_target=True).sum(1)
-        for s_g, t_g, s_m, t_m in zip(s, t, s_mass.unbind(1), t_mass.unbind(1))
-    ]
-    weight = t_mass.exp()
-    if balance:
-        t_mass = F.log_softmax(t_mass - t_mass.logsumexp(dim=0), dim=1)
-        weight = torch.ones_like(weight)
-    cross = F.kl_div(s_mass, t_mass, reduction="batchmean", log_target=True)
-    return cross, (weight * torch.stack(inner, dim=1)).sum(1).mean()
-
-
-def ltkd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
-              class_counts: Sequence[float] | Tensor, temperature: float = 2.0,
-              alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Long-tailed KD: CE + alpha T^2 cross + beta T^2 within (arXiv 2506.18496, our reading).
-
-    cross and within are grouped_kl's; the paper's T, alpha and beta could not be read, so these
-    defaults are ours. student_logits, teacher_logits (B, C), targets (B,) int64, class_counts (C,),
-    C >= 3. Scalar, mean over the batch.
-    """
-    cross, within = grouped_kl(student_logits, teacher_logits, class_counts, temperature)
-    ce = F.cross_entropy(student_logits, targets)
-    return ce + temperature**2 * (alpha * cross + beta * within)
-
-
-# ---- methods: where they differ, and nowhere else
-
+# ---- 2 methods: a new one is a loss above, an entry here and a case in Trainer.loss
 
 @dataclass(frozen=True)
 class Method:
-    formula: str
-    source: str
-    defaults: dict = field(default_factory=dict)  # of its flags; only those that distil have any
-    sampler: str = "instance"
-    head: str = "linear"  # of student and teachers
-    projects: bool = False  # the student's features to the teachers' total width, where it differs
-    rectifies: bool = False  # the teacher, by its class means; and maps features to it linearly
+    loss: object  # the function; --help shows the first line of its docstring
+    hyper: dict[str, float]  # the loss's hyperparameters and their defaults
+    teacher: str = ""  # the method that trains its teacher unless told otherwise; "": no teacher
+    sampler: str = "instance"  # "class": every class is drawn equally often
+    head: str = "linear"  # "cosine": the classifier of teachers and student
+    projects: bool = False  # the student's features to the teachers' total width, if it differs
+    rectifies: bool = False  # needs the teacher's class means, and a linear map to its width
 
-
-TEACHER = {"teacher": "resnet32", "teacher_method": "ce"}
-SOFT = TEACHER | {"temperature": 2.0, "alpha": 1.0}
 METHODS = {
-    "ce": Method("CE(z, y)", "no distillation"),
-    "bsce": Method("CE(z + log pi, y)", "balanced softmax, arXiv 2007.10740; no distillation"),
-    "kd": Method("CE + alpha KL_T(p || student)", "arXiv 1503.02531", SOFT),
-    "bkd": Method("CE + alpha KL_T(w p / sum w p || student), w inverse effective numbers",
-                  "the released code of arXiv 2104.10510",
-                  SOFT | {"beta": 0.9999, "bkd_start": None}),
-    "cbd": Method("(1 - alpha) CE + alpha beta (1 - cos(student, teacher features))",
-                  "the released code of arXiv 2104.05279",
-                  TEACHER | {"num_teachers": 1, "alpha": 0.4, "beta": 100.0},
-                  sampler="class", head="cosine", projects=True),
-    "krdistill": Method("CE(z + log pi, y) + alpha L_LRD + gamma L_RRD",
-                        "our reconstruction from the abstract of arXiv 2409.07694",
-                        SOFT | {"gamma": 2.0}, rectifies=True),
-    "ltkd": Method("CE + T^2 (alpha KL across groups + beta KL within groups)",
-                   "our reading of arXiv 2506.18496", SOFT | {"beta": 1.0}),
+    "ce": Method(F.cross_entropy, {}),
+    "bsce": Method(balanced_softmax_loss, {}),
+    "kd": Method(kd_loss, {"temperature": 2.0, "alpha": 1.0}, "ce"),
+    "bkd": Method(bkd_loss, {"temperature": 2.0, "alpha": 1.0, "beta": 0.9999, "bkd_start": 0.0},
+                  "ce"),
+    "cbd": Method(cbd_loss, {"alpha": 0.4, "beta": 100.0}, "ce", "class", "cosine", projects=True),
+    "dive": Method(dive_loss, {"temperature": 2.0, "alpha": 0.5, "power": 0.5}, "bsce"),
+    "krdistill": Method(krdistill_loss, {"temperature": 2.0, "alpha": 1.0, "gamma": 2.0}, "ce",
+                        rectifies=True),
 }
+BKD_START = {"cifar10": 0.8}  # the share of epochs before BKD's weights act there, as in its code
 
+# ---- 3 training
 
-def method_loss(method: str, s: Output, t: list[Output], y: Tensor, c: SimpleNamespace) -> Tensor:
-    """The method's loss of student s, teachers t and targets y; c knows the run's other numbers."""
-    match method:
-        case "ce":
-            return F.cross_entropy(s.logits, y)
-        case "bsce":
-            return balanced_softmax_loss(s.logits, y, c.class_counts)
-        case "kd":
-            return kd_loss(s.logits, t[0].logits, y, c.temperature, c.alpha)
-        case "bkd":
-            weights = (c.weight_counts, c.temperature, c.alpha, c.beta)
-            return bkd_loss(s.logits, t[0].logits, y, *weights)
-        case "cbd":
-            features = [teacher.features for teacher in t]
-            return cbd_loss(s.logits, s.features, features, y, c.alpha, c.beta)
-        case "krdistill":
-            g = c.adapter(s.features)
-            r = rectify_features(t[0].features, y, c.class_means, c.prototypes)
-            weights = (c.class_counts, c.temperature, c.alpha, c.gamma)
-            return krdistill_loss(s.logits, g, t[0].logits + c.teacher_tilt, r, y, *weights)
-        case "ltkd":
-            weights = (c.class_counts, c.temperature, c.alpha, c.beta)
-            return ltkd_loss(s.logits, t[0].logits, y, *weights)
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers of a run; its digest ends the run folder's name."""
+    dataset: str
+    data: str  # digest of the images and targets
+    imb: float
+    imb_type: str
+    subset_seed: int
+    method: str
+    hyper: dict[str, float]  # of the loss
+    network: str
+    head: str
+    teachers: list[dict]  # of each: network, method, head, colour, and its seed or file's digest
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    precision: str
+    colour: bool  # whether SimCLR's colour distortion is added, as for half of CBD's teachers
 
-
-# ---- training: one loop for teachers and students
-
-RECIPE = {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 2e-4}
-BKD_START = {"cifar10": 0.8}  # the share of training before BKD's weights act, as in its code
-GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # training images
-
-
-def learning_rate(epoch: int, epochs: int, base: float) -> float:
-    """The rate in epoch 0..epochs-1: up over 5 epochs, x0.01 from 80 %, x0.0001 from 90 %."""
-    decay = 0.0001 if 10 * epoch >= 9 * epochs else 0.01 if 10 * epoch >= 8 * epochs else 1.0
+def learning_rate(epoch, epochs, base):
+    """In epoch 0 .. epochs-1: five epochs up to base, x0.01 from 80 %, x0.0001 from 90 %."""
+    decay = 0.01 if 10 * epoch >= 8 * epochs else 1.0
+    if 10 * epoch >= 9 * epochs:
+        decay = 0.0001
     return base * decay * min(1.0, (epoch + 1) / 5)
 
+def mixed_precision(device, precision):
+    """bf16 where precision says so; without the weight cache, which a CUDA graph cannot hold."""
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
 
-def set_up(settings: dict, data: Dataset, teachers: list[nn.Module], device) -> SimpleNamespace:
-    """All that a run trains with. run.step(size) is one step; it never waits for the device."""
-    method, hyper, name = METHODS[settings["method"]], settings["hyper"], settings["network"]
-    counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
-    width = sum(teacher.num_features for teacher in teachers)
-    network = {"name": name, "num_classes": len(counts), "head": settings["head"]}
-    own_width = NETWORKS[name][2][-1]  # the last stage's channels
-    if method.projects and width != own_width:
-        network["projection"] = width
-    with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
-        torch.manual_seed(settings["seed"])
-        student, adapter = build_model(**network), nn.Identity()
-        if method.rectifies:  # g, from the student's to the teacher's width
-            adapter = nn.Linear(own_width, width)
-    student.to(device, memory_format=torch.channels_last)
-    parameters = [*student.parameters(), *adapter.to(device).parameters()]
-    rate = torch.tensor(0.0, device=device)  # a tensor, so that a captured step reads its new value
-    decay = settings["weight_decay"]
-    optimizer = torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay, fused=True)
-    momentum = [torch.zeros_like(parameter) for parameter in parameters]
-    for parameter, buffer in zip(parameters, momentum):
-        optimizer.state[parameter]["momentum_buffer"] = buffer
-    train = (data.train_images, data.train_targets, data.class_counts)
-    batches = Batches(*train, settings["batch_size"], device, method.sampler, settings["colour"])
-    mixed = autocast(device, settings["precision"])
-    c = SimpleNamespace(**hyper, class_counts=counts, weight_counts=counts.clone(), adapter=adapter)
-    if method.rectifies:
-        c.class_means = class_means(teachers[0], data, device, mixed)
-        c.prototypes = balanced_prototypes(c.class_means)
-        # rectify_logits takes log pi out, but logits learned under z + log pi never had it in
-        without = settings["teachers"][0]["method"] in ("bsce", "krdistill")
-        c.teacher_tilt = (counts / counts.sum()).log().float() if without else 0.0
-    losses, correct = torch.zeros(len(batches.sizes), device=device), torch.zeros((), device=device)
-    index = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in its epoch
+class Trainer:
+    """A network in training: weights, optimizer, batches and frozen teachers on one device."""
 
-    def step(size: int) -> None:
-        images, y = batches.next(size)
-        with mixed():
+    def __init__(self, config, data, teachers, device):
+        self.config, self.teachers, self.device = config, teachers, device
+        method, width = METHODS[config.method], sum(t.num_features for t in teachers)
+        num_classes, own_width = len(data.class_counts), NETWORKS[config.network][2][-1]
+        self.network = {"name": config.network, "num_classes": num_classes, "head": config.head}
+        if method.projects and width != own_width:
+            self.network["projection"] = width
+        self.adapter = torch.nn.Identity()
+        with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
+            torch.manual_seed(config.seed)
+            self.student = build_model(**self.network)
+            if method.rectifies:
+                self.adapter = torch.nn.Linear(own_width, width)
+        contiguous = device.type == "cuda" and config.precision == "fp32"  # faster only there
+        self.layout = torch.contiguous_format if contiguous else torch.channels_last
+        for teacher in teachers:
+            teacher.eval().requires_grad_(False)
+            for module in teacher.modules():  # what autocast would cast in every step, cast once
+                if isinstance(module, torch.nn.Conv2d) and config.precision == "bf16":
+                    module.bfloat16()
+        for network in (self.student, *teachers):
+            network.to(device, memory_format=self.layout)
+        parameters = [*self.student.parameters(), *self.adapter.to(device).parameters()]
+        self.lr = torch.tensor(0.0, device=device)  # a tensor: a CUDA graph reads its new value
+        self.optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, fused=True,
+                                         weight_decay=config.weight_decay)
+        self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, buffer in zip(parameters, self.momentum, strict=True):
+            self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.batches = Batches(data.train_images, data.train_targets, data.class_counts,
+                               config.batch_size, device, method.sampler, config.colour)
+        self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
+        self.bkd_counts = self.class_counts.clone()
+        if method.rectifies:
+            self.class_means = class_means(teachers[0], data, device, config.precision)
+            self.prototypes = balanced_prototypes(self.class_means)
+            # A teacher trained on z + log pi has no log pi in its z: add what rectify_logits takes.
+            log_pi = (self.class_counts / self.class_counts.sum()).log().float()
+            balanced = config.teachers[0]["method"] in ("bsce", "dive", "krdistill")
+            self.missing_log_pi = log_pi if balanced else 0.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), device=device)
+        self.state = [*parameters, *self.student.buffers(), *self.momentum, self.batches.position,
+                      self.loss_sum, self.correct]
+
+    def start_epoch(self, epoch):
+        """Set the learning rate and BKD's weights, and shuffle the images, for epoch 0, 1, ..."""
+        self.lr.fill_(learning_rate(epoch, self.config.epochs, self.config.lr))
+        if self.config.method == "bkd":  # equal counts give equal weights: BKD is KD until it acts
+            acts = epoch >= self.config.hyper["bkd_start"] * self.config.epochs
+            self.bkd_counts.copy_(self.class_counts if acts else torch.ones_like(self.bkd_counts))
+        self.student.train()
+        self.batches.shuffle(self.generator)
+        self.loss_sum.zero_()
+        self.correct.zero_()
+
+    def step(self, size):
+        """One step of SGD on the next `size` images. It never waits for the device."""
+        images, targets = self.batches.next(size)
+        images = images.contiguous(memory_format=self.layout)
+        with mixed_precision(self.device, self.config.precision):
             with torch.no_grad():
-                t = [teacher(images) for teacher in teachers]
-            s = student(images)
-        loss = method_loss(settings["method"], s, t, y, c)
-        optimizer.zero_grad()
+                teachers = [teacher(images) for teacher in self.teachers]
+            student = self.student(images)
+        loss = self.loss(student, teachers, targets)
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        losses.index_copy_(0, index, loss.detach()[None])
-        index.add_(1)
-        correct.add_((s.logits.argmax(dim=1) == y).sum())
+        self.optimizer.step()
+        self.loss_sum += size * loss.detach().double()
+        self.correct += (student.logits.argmax(dim=1) == targets).sum()
 
-    def start_epoch(epoch: int, generator: torch.Generator) -> None:
-        rate.fill_(learning_rate(epoch, settings["epochs"], settings["lr"]))
-        if "bkd_start" in hyper:  # equal counts give equal weights: until then BKD is KD
-            active = epoch >= hyper["bkd_start"] * settings["epochs"]
-            c.weight_counts.copy_(counts if active else torch.ones_like(counts))
-        student.train()
-        batches.shuffle(generator)
-        index.zero_()
-        correct.zero_()
+    def loss(self, student, teachers, targets):
+        """The method's loss of one batch, a scalar; student and teachers are their Outputs."""
+        z, counts, hyper = student.logits, self.class_counts, self.config.hyper
+        match self.config.method:
+            case "ce":
+                return F.cross_entropy(z, targets)
+            case "bsce":
+                return balanced_softmax_loss(z, targets, counts)
+            case "kd":
+                return kd_loss(z, teachers[0].logits, targets, **hyper)
+            case "bkd":
+                hyper = {key: value for key, value in hyper.items() if key != "bkd_start"}
+                return bkd_loss(z, teachers[0].logits, targets, self.bkd_counts, **hyper)
+            case "cbd":
+                features = [teacher.features for teacher in teachers]
+                return cbd_loss(z, student.features, features, targets, **hyper)
+            case "dive":
+                return dive_loss(z, teachers[0].logits, targets, counts, **hyper)
+            case "krdistill":
+                g, z_t = self.adapter(student.features), teachers[0].logits + self.missing_log_pi
+                means, prototypes = self.class_means, self.prototypes
+                r = rectify_features(teachers[0].features, targets, means, prototypes)
+                return krdistill_loss(z, g, z_t, r, targets, counts, **hyper)
 
-    state = [*parameters, *student.buffers(), *momentum, batches.position, losses, correct, index]
-    return SimpleNamespace(
-        settings=settings, network=network, student=student, adapter=adapter, momentum=momentum,
-        batches=batches, mixed=mixed, c=c, losses=losses, correct=correct, index=index, state=state,
-        step=step, start_epoch=start_epoch,
-    )
+    @torch.no_grad()
+    def capture(self):
+        """Record step as one CUDA graph for each batch size; returns the function that replays it.
 
-
-def freeze(teacher: nn.Module, precision: str) -> nn.Module:
-    """In eval mode, without gradients; the weights that autocast would cast in every step, cast."""
-    for module in teacher.modules():
-        if isinstance(module, nn.Conv2d) and precision == "bf16":
-            module.bfloat16()
-    return teacher.eval().requires_grad_(False)
-
-
-def autocast(device: torch.device, precision: str) -> Callable:
-    """Makes autocast contexts, without the weight cache that a CUDA graph cannot hold."""
-    kind, on = device.type, precision == "bf16"
-    return lambda: torch.autocast(kind, torch.bfloat16, enabled=on, cache_enabled=False)
-
-
-@torch.no_grad()
-def capture(run: SimpleNamespace) -> Callable[[int], None]:
-    """run.step recorded as one CUDA graph for each batch size; the run's state stays as it was."""
-    saved = [tensor.clone() for tensor in run.state]
-    sizes, graphs, pool = sorted(set(run.batches.sizes)), {}, torch.cuda.graph_pool_handle()
-    run.student.train()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.enable_grad():
-        for size in sizes * 3:  # warm-up: cuDNN chooses its kernels, the allocator settles
-            run.batches.position.zero_()
-            run.index.zero_()
-            run.step(size)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.reset_peak_memory_stats()  # the kernels' choice took more than any step will
-    for size in sizes:
-        graphs[size] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[size], pool=pool, stream=side), torch.enable_grad():
-            run.step(size)
-    for tensor, value in zip(run.state, saved):
-        tensor.copy_(value)
-    return lambda size: graphs[size].replay()
-
-
-def train(settings: dict, data: Dataset, teachers: list[nn.Module], folder: Path, device,
-          eval_every: int) -> dict:
-    """Train one network, teacher or student, to its last epoch; returns its scores.
-
-    Continues from folder/last.pt where there is one. An epoch ends with a row on the terminal, a
-    line in folder/log.jsonl and a whole checkpoint, in that order.
-    """
-    run = set_up(settings, data, teachers, device)
-    generator = torch.Generator().manual_seed(settings["seed"])
-    done, spent, devices = restore(run, generator, folder, device)
-    step = capture(run) if device.type == "cuda" else run.step
-    data = data._replace(test_images=data.test_images.to(device))
-    epochs, images, sizes = settings["epochs"], len(data.train_targets), run.batches.sizes
-    print("".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values()))
-    started, scores = time.perf_counter(), None
-    for epoch in range(done, epochs):
-        began = time.perf_counter()
-        run.start_epoch(epoch, generator)
-        for size in sizes:
-            step(size)
-        losses = run.losses.tolist()  # the epoch's first read-back
-        rate = images / (time.perf_counter() - began)
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad:
-            where = f"the loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}"
-            raise RunError(f"{where}: try a smaller --lr or --alpha. {folder} keeps the checkpoint "
-                           "of the epoch before, if there was one")
-        row = {"epoch": epoch + 1, "lr": learning_rate(epoch, epochs, settings["lr"])}
-        row["loss"] = sum(loss * size for loss, size in zip(losses, sizes)) / images
-        row["train_top1"] = 100 * run.correct.item() / images
-        if epoch + 1 == epochs or (epoch + 1) % eval_every == 0:
-            scores = test(run.student, data, device, run.mixed)
-            row |= {key: scores[key] for key in ("top1", *GROUPS)}
-        row["images_per_second"], now = round(rate), time.perf_counter()
-        left = (now - started) / (epoch + 1 - done) * (epochs - epoch - 1)
-        print_row(row | {"epoch": f"{epoch + 1}/{epochs}", "left": duration(left)})
-        append_line(folder / "log.jsonl", row)
-        save_checkpoint(run, generator, folder, epoch + 1, spent + now - started, devices)
-    seconds = spent + time.perf_counter() - started
-    if scores is None:  # an earlier process ended between the last checkpoint and result.json
-        scores = test(run.student, data, device, run.mixed)
-    return scores | {"seconds": seconds, "devices": devices}
-
+        A step that waits for the GPU, as one with .item(), print(tensor) or a branch on a tensor in
+        its loss, cannot be recorded: a line says where it waits, and step itself is returned.
+        """
+        saved, wait = [tensor.clone() for tensor in self.state], None
+        sizes = sorted(set(self.batches.sizes), reverse=True)  # the smaller reuses the memory
+        graphs = {size: torch.cuda.CUDAGraph() for size in sizes}
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        self.student.train()
+        with torch.cuda.stream(stream), torch.enable_grad():
+            try:
+                for mode in ("default", "default", "error"):  # warm-up; the last forbids waiting
+                    torch.cuda.set_sync_debug_mode(mode)
+                    self.batches.position.zero_()
+                    for size in sizes:
+                        self.step(size)
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                wait = error.__traceback__  # followed to the last line that is not torch's own
+                while wait.tb_next and torch.__path__[0] not in str(wait.tb_next.tb_frame.f_code):
+                    wait = wait.tb_next
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
+        for size in [] if wait else sizes:
+            with torch.cuda.graph(graphs[size], pool, stream), torch.enable_grad():
+                self.step(size)
+        for tensor, value in zip(self.state, saved, strict=True):
+            tensor.copy_(value)
+        if wait:
+            place = f"{wait.tb_frame.f_code.co_filename}, line {wait.tb_lineno}"
+            print(f"slower   {place}, waits for the GPU: no CUDA graph is used", flush=True)
+        return self.step if wait else lambda size: graphs[size].replay()
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, device, mixed: Callable) -> Output:
-    """Logits and features of all images (N, 3, 32, 32) uint8, unaugmented, in eval mode."""
+def predict(model, images, device, precision):
+    """Logits (N, C) and features (N, D) of images (N, 3, S, S) uint8, not augmented, eval mode."""
     model.eval()
-    parts = []
+    outputs = []
     for part in images.split(5000 if device.type == "cuda" else 500):
-        part = part.to(device, memory_format=torch.channels_last)
-        with mixed():
-            parts.append(model(normalise(part)))
-    return Output(*map(torch.cat, zip(*parts)))
+        with mixed_precision(device, precision):
+            outputs.append(model(normalise(part.to(device))))
+    return Output(*map(torch.cat, zip(*outputs, strict=True)))
 
-
-def class_means(model: nn.Module, data: Dataset, device, mixed: Callable) -> Tensor:
-    """(C, D): the model's mean feature of each class on its unaugmented training images."""
-    features = predict(model, data.train_images, device, mixed).features.double()
+def class_means(model, data, device, precision):
+    """The mean features of each class over its training images, not augmented: (C, D) float32."""
+    features = predict(model, data.train_images, device, precision).features.double()
     sums = features.new_zeros(len(data.class_counts), features.shape[1])
     sums.index_add_(0, data.train_targets.to(device), features)
     return (sums / sums.new_tensor(data.class_counts)[:, None]).float()
 
+GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # by training images
 
-def test(model: nn.Module, data: Dataset, device, mixed: Callable) -> dict:
-    """top1 over the test images; many, medium, few: means of their classes' accuracies; all in %.
+def evaluate(model, data, device, precision):
+    """Test accuracies in %: top1 over all images; many, medium, few as means over their classes.
 
-    None for a group without classes and for a class without test images.
+    None stands for a group without classes and, in per_class, for a class without test images.
     """
-    y, counts = data.test_targets, data.class_counts
-    labels = predict(model, data.test_images, device, mixed).logits.argmax(dim=1).cpu()
-    hits = torch.bincount(y[labels == y], minlength=len(counts)).tolist()
-    totals = torch.bincount(y, minlength=len(counts)).tolist()
-    per_class = [100 * hit / total if total else None for hit, total in zip(hits, totals)]
-    scores = {"top1": 100 * sum(hits) / sum(totals)}
+    targets, counts = data.test_targets, data.class_counts
+    labels = predict(model, data.test_images, device, precision).logits.argmax(dim=1).cpu()
+    hits = torch.bincount(targets[labels == targets], minlength=len(counts)).tolist()
+    totals = torch.bincount(targets, minlength=len(counts)).tolist()
+    per_class = [100 * hit / n if n else None for hit, n in zip(hits, totals, strict=True)]
+    scores = {"top1": 100 * sum(hits) / sum(totals), "per_class": per_class, "class_counts": counts}
     for group, (low, high) in GROUPS.items():
-        pairs = zip(per_class, counts)
-        inside = [acc for acc, count in pairs if low <= count <= high and acc is not None]
-        scores[group] = statistics.fmean(inside) if inside else None
-    return scores | {"per_class": per_class, "class_counts": counts}
+        scores[group] = mean(per_class[c] for c, n in enumerate(counts) if low <= n <= high)
+    return scores
 
+def mean(values):
+    """The mean of the values that are not None; None where all are."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
-# ---- run folders: settings, log, checkpoint, result; one writer; nothing half-written
+def train(config, data, teachers, folder, device, eval_every):
+    """Train to the last epoch, from folder/last.pt if it is there; returns the network's scores."""
+    trainer = Trainer(config, data, teachers, device)
+    done, earlier_seconds, devices = resume(trainer, folder)
+    step = trainer.capture() if device.type == "cuda" else trainer.step  # replayed from a graph
+    data = data._replace(test_images=data.test_images.to(device))
+    images, scores, started = len(data.train_targets), None, time.perf_counter()
+    print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
+    for epoch in range(done, config.epochs):
+        began = time.perf_counter()
+        trainer.start_epoch(epoch)
+        for size in trainer.batches.sizes:
+            step(size)
+        loss = trainer.loss_sum.item() / images  # the first wait for the device in this epoch
+        images_per_second = round(images / (time.perf_counter() - began))
+        if not math.isfinite(loss):
+            sys.exit(f"kd_lt.py: the loss is {loss} in epoch {epoch + 1}: try a smaller --lr or "
+                     f"--alpha; {folder} keeps the checkpoint of the epoch before, if any")
+        row = {"epoch": epoch + 1, "lr": learning_rate(epoch, config.epochs, config.lr)}
+        row |= {"loss": loss, "train_top1": 100 * trainer.correct.item() / images}
+        if epoch + 1 == config.epochs or (epoch + 1) % eval_every == 0:
+            scores = evaluate(trainer.student, data, device, config.precision)
+            row |= {key: scores[key] for key in ("top1", *GROUPS)}
+        row["images_per_second"] = images_per_second
+        seconds = time.perf_counter() - started
+        minutes_left = seconds / 60 / (epoch + 1 - done) * (config.epochs - epoch - 1)
+        shown = "".join(f"{spread([row.get(key)]):>9}" for key in ("train_top1", "top1", *GROUPS))
+        print(f"{epoch + 1:>5}/{config.epochs:<3}{row['lr']:>8g}{loss:>9.4f}{shown}"
+              f"{images_per_second:>8}{minutes_left:>4.0f} min", flush=True)
+        with open(folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        save(trainer, folder, epoch + 1, earlier_seconds + seconds, devices)
+    scores = scores or evaluate(trainer.student, data, device, config.precision)
+    seconds = earlier_seconds + time.perf_counter() - started
+    return scores | {"seconds": seconds, "devices": devices}
 
+def run(config, data, args, device, role="student"):
+    """The folder of a run: it is finished, or is trained now, its teachers before it."""
+    folder = Path(args.runs_dir) / run_name(config)
+    what = f"{role:<8} {config.network}, {config.method}, seed {config.seed}"
+    with lock(folder, wait=role == "teacher"):
+        if (folder / "result.json").exists():
+            print(f"{what}: finished before, not trained again; {folder}", flush=True)
+            return folder
+        if not (folder / "config.json").exists():
+            versions = {"kd_lt": VERSION, "python": sys.version, "torch": torch.__version__}
+            about = {"settings": asdict(config), "command": " ".join(sys.argv)}
+            about |= {"versions": versions, "device": describe(device)}
+            write_json(folder / "config.json", about)
+        teachers, results = [], []
+        for i, teacher in enumerate(config.teachers):
+            if args.teacher_checkpoint:
+                path = args.teacher_checkpoint[i]
+            else:
+                teacher_config = replace(config, hyper={}, teachers=[], **teacher)
+                path = run(teacher_config, data, args, device, role="teacher")
+            teachers.append(load_run(path, device))
+            scores = evaluate(teachers[-1], data, device, config.precision)
+            results.append({"network": teacher["network"], "method": teacher["method"]} | scores)
+        print(f"{what}, {config.epochs} epochs, in {folder}", flush=True)
+        result = {"settings": asdict(config), "version": VERSION, "teachers": results}
+        result |= train(config, data, teachers, folder, device, args.eval_every)
+        write_json(folder / "result.json", result)
+        return folder
 
-class RunError(Exception):
-    """A run that cannot go on; shown without a traceback."""
+# ---- 4 run folders: config.json, log.jsonl, last.pt, result.json
 
-    status = 1
+def label(config):
+    """The method, its networks and what deviates from the defaults."""
+    method, values = METHODS[config.method], asdict(config) | config.hyper
+    usual = {"batch_size": 128, "lr": 0.1, "weight_decay": 2e-4, "imb_type": "exp"}
+    usual |= {"subset_seed": 0, "colour": False, "head": method.head} | method.hyper
+    usual |= {"bkd_start": BKD_START.get(config.dataset, 0.0)}
+    parts = [config.method, config.network]
+    parts += [f"from-{t['network']}-{t['method']}" for t in config.teachers[:1]]
+    parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
+    parts += [f"{k}{values[k]}" for k in usual if k in values and values[k] != usual[k]]
+    return "-".join(parts)
 
+def run_name(config):
+    """Readable, and ending in a digest of the whole Config: two runs never share a folder."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{Path(config.dataset).stem[:40]}-imb{config.imb:g}-{label(config)}-e{config.epochs}"
+    name += f"-s{config.seed}-{digest}"
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
 
-class Busy(RunError):
-    status = 75  # "try again later": run_all.sh leaves this run to the process that has it
-
-
-def run_name(settings: dict) -> str:
-    """Readable, and ending in a digest of all settings: different runs never share a folder."""
-    parts = [Path(settings["dataset"]).stem[:40], f"imb{settings['imb']:g}", settings["method"]]
-    parts += [settings["network"]]
-    if teachers := settings["teachers"]:
-        parts += ["from", teachers[0]["network"], teachers[0]["method"]]
-        parts += [f"x{len(teachers)}"] if len(teachers) > 1 else []
-    parts += [f"{key}{value}" for key, value in deviations(settings).items()]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    parts += [f"e{settings['epochs']}", f"s{settings['seed']}", digest]
-    return re.sub(r"[^\w.-]", "_", "-".join(parts))
-
-
-def deviations(settings: dict) -> dict:
-    """The settings that are not the recipe's or the method's defaults, by name."""
-    method, flat = METHODS[settings["method"]], settings | settings["hyper"]
-    usual = RECIPE | {"imb_type": "exp", "subset_seed": 0, "colour": False, "head": method.head}
-    usual |= method.defaults | {"bkd_start": BKD_START.get(settings["dataset"], 0.0)}
-    del usual["epochs"]  # always shown by itself
-    return {key: flat[key] for key in usual if key in flat and flat[key] != usual[key]}
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-@contextlib.contextmanager
-def reading(path: Path, problem: str):
-    """Whatever a damaged file makes the reader raise becomes an InputError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        reason = re.split(r"\n|\. ", f"{type(error).__name__}: {error}")[0]
-        raise InputError(f"{path}: {problem} ({reason})") from None
-
-
-def read_json(path: Path, *keys: str) -> dict:
-    with reading(path, "not what kd_lt.py wrote; move its folder away"):
-        content = json.loads(path.read_text())
-        [content[key] for key in ("settings", *keys)]
-    return content
-
-
-def read_result(path: Path) -> dict:
-    scores = ("top1", *GROUPS, "per_class", "class_counts")
-    return read_json(path, *scores, "seconds", "devices", "version", "teachers")
-
-
-def append_line(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path, wait: bool):
-    """Hold the folder's lock, which the system drops when its process ends, however that ends."""
-    import fcntl  # Linux and macOS; here, so that the losses import everywhere
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            message = f"{folder} is being written by {file.read() or 'another process'}"
-            if not wait:
-                raise Busy(f"{message}; this one stops") from None
-            print(f"waiting  {message}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def claim(settings: dict, folder: Path, device) -> dict | None:
-    """A finished run's result; None after claiming the folder of a new or unfinished one."""
-    config, result = folder / "config.json", folder / "result.json"
-    if config.exists():
-        stored = read_json(config)["settings"]
-        differing = sorted(k for k in settings | stored if settings.get(k) != stored.get(k))
-        if differing:
-            what = f"{folder} holds another run, config.json differs in {', '.join(differing)}"
-            raise InputError(f"{what}: it is not reused and not overwritten; move it away or "
-                             "choose another --runs-dir")
-        return read_result(result) if result.exists() else None
-    if (folder / "last.pt").exists() or result.exists():
-        raise InputError(f"{folder} holds a run without its config.json: move it away")
-    versions = {"kd_lt": VERSION, "python": platform.python_version(), "torch": torch.__version__}
-    about = {"command": shlex.join(sys.argv), "versions": versions, "device": describe(device)}
-    write_json(config, {"settings": settings} | about)
-    return None
-
-
-def save_checkpoint(run, generator, folder: Path, epoch: int, seconds: float, devices) -> None:
-    content = {"settings": run.settings, "network": run.network, "epoch": epoch}
-    content |= {"student": run.student.state_dict(), "adapter": run.adapter.state_dict()}
-    content |= {"momentum": run.momentum, "generator": generator.get_state()}
-    buffer = io.BytesIO()  # a full disk must fail in write_whole, not inside torch.save
+def save(trainer, folder, epoch, seconds, devices):
+    """Write folder/last.pt: all that the next epoch depends on, as plain tensors and numbers."""
+    content = {"settings": asdict(trainer.config), "network": trainer.network, "epoch": epoch}
+    content |= {"student": trainer.student.state_dict(), "adapter": trainer.adapter.state_dict()}
+    content |= {"momentum": trainer.momentum, "generator": trainer.generator.get_state()}
+    buffer = io.BytesIO()  # so that it is write_whole that meets a full disk
     torch.save(content | {"seconds": seconds, "devices": devices}, buffer)
     write_whole(folder / "last.pt", buffer.getvalue())
 
+def read(path):
+    """A result.json or last.pt of this program; "config" is its Config. Runs no code from it."""
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        content["config"] = Config(**content["settings"])
+        METHODS[content["config"].method]
+        return content
+    except Exception as error:  # a missing or damaged file makes torch.load raise a dozen types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path}: not a whole file of this version of kd_lt.py; move it away, or "
+                         f"name another ({reason:.150})") from None
 
-def read_checkpoint(path: str | Path) -> tuple[Path, dict]:
-    """last.pt of a run folder (or the file itself): plain tensors and numbers, never code."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such checkpoint; give a run folder or its last.pt")
-    with reading(path, "not a whole checkpoint of plain tensors"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"settings", "network", "epoch", "student"} - set(content)
-    if missing:
-        raise InputError(f"{path}: not a checkpoint of kd_lt.py: no {', '.join(sorted(missing))}")
-    return path, content
+def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
+    """The trained network of a run folder or its last.pt, float32, in eval mode.
 
-
-def load_run(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained network of a run folder (or of its last.pt), in eval mode.
-
-    model(data.normalise(images)) with images (B, 3, 32, 32) of 0..255 gives logits and features.
-    Raises InputError where there is no whole checkpoint, or its weights do not fit its settings.
+    model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
+    Raises InputError where there is no whole checkpoint.
     """
-    path, checkpoint = read_checkpoint(path)
-    with reading(path, "weights and stored configuration disagree"):
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(**checkpoint["network"])
-        model.load_state_dict(checkpoint["student"])
+    content = read(Path(path) / "last.pt" if Path(path).is_dir() else Path(path))
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(**content["network"])
+    model.load_state_dict(content["student"])
     return model.eval().to(device, memory_format=torch.channels_last)
 
-
-def restore(run, generator, folder: Path, device) -> tuple[int, float, list[str]]:
-    """Load folder/last.pt into the run, if it exists: epochs done, seconds spent, devices used."""
-    log, here = folder / "log.jsonl", describe(device)
+def resume(trainer, folder):
+    """Load folder/last.pt if it is there; returns epochs done, seconds spent and devices used."""
+    log, here = folder / "log.jsonl", describe(trainer.device)
     if not (folder / "last.pt").exists():
-        write_whole(log, (json.dumps({"command": shlex.join(sys.argv)}) + "\n").encode())
+        write_whole(log, (json.dumps({"command": " ".join(sys.argv)}) + "\n").encode())
         return 0, 0.0, [here]
-    path, checkpoint = read_checkpoint(folder)
-    if (checkpoint["settings"], checkpoint["network"]) != (run.settings, run.network):
-        raise InputError(f"{path} is not of the run that config.json there describes: move it away")
-    with reading(path, "does not fit its own settings: move it away"):
-        run.student.load_state_dict(checkpoint["student"])
-        run.adapter.load_state_dict(checkpoint["adapter"])
-        for buffer, saved in zip(run.momentum, checkpoint["momentum"], strict=True):
-            buffer.copy_(saved)
-        generator.set_state(checkpoint["generator"])
-    done = checkpoint["epoch"]
-    # the log is written before the checkpoint: drop the line of an epoch that will be run again
-    with reading(log, "not the log of that checkpoint: move its folder away"):
-        lines = log.read_bytes().splitlines(keepends=True)[: 1 + done]
-        [json.loads(line) for line in lines]
-        if len(lines) != 1 + done or not lines[-1].endswith(b"\n"):
-            raise ValueError(f"{len(lines) - 1} whole lines for {done} epochs")
-    write_whole(log, b"".join(lines))
-    print(f"resumed  after epoch {done} of {run.settings['epochs']}, from {path}")
-    return done, checkpoint["seconds"], list(dict.fromkeys([*checkpoint["devices"], here]))
+    content = read(folder / "last.pt")
+    trainer.student.load_state_dict(content["student"])
+    trainer.adapter.load_state_dict(content["adapter"])
+    for buffer, saved in zip(trainer.momentum, content["momentum"], strict=True):
+        buffer.copy_(saved)
+    trainer.generator.set_state(content["generator"])
+    done = content["epoch"]  # the log may be an epoch ahead: that line is cut, the epoch run again
+    write_whole(log, b"".join(log.read_bytes().splitlines(keepends=True)[: 1 + done]))
+    print(f"resumed  after epoch {done} of {trainer.config.epochs}, from {folder / 'last.pt'}")
+    return done, content["seconds"], list(dict.fromkeys([*content["devices"], here]))
 
-
-def describe(device: torch.device) -> str:
-    """The device and the torch version, as configurations and reports show them."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-# ---- one command: the teachers it needs, then the student
-
-
-def execute(settings: dict, data: Dataset, args, device, teacher: bool = False) -> dict:
-    """The result of this run: stored if it is finished, else trained now, teachers first."""
-    folder, runs_dir = Path(args.runs_dir) / run_name(settings), Path(args.runs_dir)
-    what = f"{'teacher' if teacher else 'student'}  {settings['network']}, {settings['method']}, "
-    what += f"seed {settings['seed']}"
-    with only_writer(folder, wait=teacher):
-        if result := claim(settings, folder, device):
-            print(f"{what}: finished before, not trained again; {folder}", flush=True)
-            return result
-        teachers, results = [], []
-        given = args.teacher_checkpoint or [None] * len(settings["teachers"])
-        for known, path in zip(settings["teachers"], given):
-            if path:
-                mixed = autocast(device, settings["precision"])
-                scores = test(load_run(path, device), data, device, mixed)
-            else:
-                own = teacher_settings(settings, known)
-                scores = execute(own, data, args, device, teacher=True)
-                path, stored = read_checkpoint(runs_dir / run_name(own))
-                if stored["settings"] != own or stored["epoch"] != own["epochs"]:
-                    raise InputError(f"{path} is not of that run's end: move its folder away")
-            teachers.append(freeze(load_run(path, device), settings["precision"]))
-            results.append(known | scores)
-            print(f"teacher  {known['network']}, {known['method']}: {scores_line(results[-1])}")
-        print(f"{what}, {settings['epochs']} epochs, in {folder}", flush=True)
-        result = train(settings, data, teachers, folder, device, args.eval_every)
-        kept = ["network", "method", "top1", *GROUPS, "per_class", "class_counts"]
-        results = [{key: scores[key] for key in kept} for scores in results]
-        result = {"settings": settings, "version": VERSION} | result | {"teachers": results}
-        write_json(folder / "result.json", result)
-        return result
-
-
-def teacher_settings(settings: dict, teacher: dict) -> dict:
-    """The settings of the run that makes this teacher: the student's, but for what it is itself."""
-    return settings | teacher | {"hyper": {}, "teachers": []}
-
-
-def checkpoint_identity(given: str, settings: dict, num_classes: int) -> dict:
-    """What a --teacher-checkpoint is, checked against its own settings and against this run's."""
-    path, checkpoint = read_checkpoint(given)
-    stored = checkpoint["settings"]
-    load_run(path)
+def given_teacher(path, config):
+    """What a --teacher-checkpoint is, after a check that it fits the student's data and head."""
+    file = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    content = read(file)
+    teacher, problem = content["config"], ""
     for key in ("dataset", "imb", "imb_type", "subset_seed", "data", "head"):
-        if stored.get(key) != settings[key]:
-            both = f"its {key} is {stored.get(key)}, this run's is {settings[key]}"
-            raise InputError(f"--teacher-checkpoint {given}: {both}")
-    if all(stored.get(key) == settings[key] for key in ("network", "seed")):
-        raise InputError(f"--teacher-checkpoint {given}: trained with --seed {settings['seed']}; "
-                         "the student would start as its untrained teacher: choose another seed")
-    classes = checkpoint["network"]["num_classes"]
-    if classes != num_classes:
-        raise InputError(f"--teacher-checkpoint {given}: of {classes} classes, not {num_classes}")
-    if checkpoint["epoch"] != stored["epochs"]:
-        at = f"stopped at epoch {checkpoint['epoch']} of {stored['epochs']}"
-        raise InputError(f"--teacher-checkpoint {given}: {at}; finish it or give another")
-    identity = {key: stored[key] for key in ("network", "method", "head", "colour")}
-    return identity | {"checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+        if getattr(teacher, key) != getattr(config, key):
+            problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
+    if content["epoch"] != teacher.epochs:
+        problem = f"it stopped after epoch {content['epoch']} of {teacher.epochs}"
+    if (teacher.network, teacher.seed) == (config.network, config.seed):
+        problem = "a student of its seed would start as it started: choose another --seed"
+    if problem:
+        raise InputError(f"--teacher-checkpoint {path}: {problem}")
+    identity = {key: getattr(teacher, key) for key in ("network", "method", "head", "colour")}
+    return identity | {"checkpoint": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
 
+# ---- 5 reports
 
-# ---- what a run prints
-
-COLUMNS = {  # of a row: title, width, format
-    "epoch": ("epoch", 9, ""), "lr": ("lr", 8, "g"), "loss": ("loss", 9, ".4f"),
-    "train_top1": ("train", 8, ".2f"), "top1": ("test", 8, ".2f"), "many": ("many", 8, ".2f"),
-    "medium": ("medium", 8, ".2f"), "few": ("few", 8, ".2f"),
-    "images_per_second": ("img/s", 8, ""), "left": ("left", 8, ""),
-}
-
-
-def print_row(row: dict) -> None:
-    line = ""
-    for key, (_, width, style) in COLUMNS.items():
-        value = row.get(key)
-        line += f"{'-' if value is None else format(value, style):>{width}}"
-    print(line, flush=True)
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def scores_line(scores: dict) -> str:
-    known = {"top-1": scores["top1"]} | {group: scores[group] for group in GROUPS}
-    shown = {key: "absent" if value is None else f"{value:.2f}" for key, value in known.items()}
-    return "  ".join(f"{key} {value}" for key, value in shown.items())
-
-
-def class_buckets(counts: list[int], most: int) -> list[list[int]]:
-    """The classes from head to tail, in at most `most` even parts."""
-    ranked = torch.tensor(sorted(range(len(counts)), key=lambda c: -counts[c]))
-    return [part.tolist() for part in ranked.tensor_split(min(most, len(counts)))]
-
-
-def mean_of(values) -> float:
-    """The mean of those that are not None; nan where none is."""
+def spread(values):
+    """Mean ± sample standard deviation of the values that are not None; "-" where all are."""
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else math.nan
+    deviation = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{deviation}" if known else "-"
 
+def head_to_tail(results, parts):
+    """The classes in parts, most training images first: images and mean accuracy of each part."""
+    counts, images, means = results[0]["class_counts"], [], []
+    ranked = torch.tensor(counts).argsort(descending=True, stable=True)
+    for part in ranked.tensor_split(min(parts, len(counts))):
+        images.append(sum(counts[c] for c in part))
+        means.append(mean([result["per_class"][c] for result in results for c in part]))
+    return images, means
 
-def report(folder: Path, result: dict) -> None:
-    """Student beside teachers: the scores, and a picture of accuracy from head to tail."""
-    own = "student" if result["teachers"] else "network"
-    shown = [(f"{own} ({result['settings']['method']})", result)]
-    shown += [(f"teacher ({scores['method']})", scores) for scores in result["teachers"]]
-    buckets = class_buckets(result["class_counts"], 10)
-    print(f"result   {folder}, test accuracy in % after the last epoch")
-    for name, scores in shown:
-        print(f"         {name:<20}{scores_line(scores)}")
-    print(f"         by class, from head to tail, in {len(buckets)} parts:")
-    for name, scores in shown:
-        means = [mean_of(scores["per_class"][c] for c in bucket) for bucket in buckets]
-        blocks = "".join(" ▁▂▃▄▅▆▇█"[0 if m != m else math.ceil(m / 12.5)] for m in means)
-        numbers = " ".join("  -" if m != m else f"{m:3.0f}" for m in means)
-        print(f"         {name:<20}{blocks}  {numbers}", flush=True)
+def print_rows(rows):
+    """Markdown of the results of each name: a table of means, then bars from head to tail."""
+    print("| method | teacher (its top-1) | n | top-1 | many | medium | few |\n" + "|---" * 7 + "|")
+    for name, results in rows.items():
+        teachers = [teacher for result in results for teacher in result.get("teachers", [])]
+        top1 = spread([teacher["top1"] for teacher in teachers])
+        teacher = f"{teachers[0]['method']} ({top1})" if teachers else "-"
+        cells = [spread([result[key] for result in results]) for key in ("top1", *GROUPS)]
+        print(f"| {' | '.join([name, teacher, str(len(results)), *cells])} |")
+    images, width = head_to_tail(next(iter(rows.values())), 10)[0], max(16, *map(len, rows)) + 1
+    print(f"\nFrom head to tail, the classes in {len(images)} parts:\n\n```")
+    print(f"{'training images':<{width + len(images)}}" + "".join(f"{n:6}" for n in images))
+    for name, results in rows.items():
+        means = head_to_tail(results, 10)[1]
+        bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil((mean or 0) / 12.5)] for mean in means)
+        numbers = "".join(f"{'-' if mean is None else round(mean):>6}" for mean in means)
+        print(f"{name:<{width}}{bars}{numbers}")
+    print("```\n", flush=True)
 
-
-# ---- how fast
-
-
-def untrained(settings: dict, data: Dataset, device) -> tuple[SimpleNamespace, list[nn.Module]]:
-    """A run with teachers of the right shape that know nothing: for timing, not for training."""
-    num_classes = len(data.class_counts)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        teachers = [build_model(t["network"], num_classes, t["head"]) for t in settings["teachers"]]
-    for model in teachers:
-        freeze(model.to(device, memory_format=torch.channels_last), settings["precision"])
-    return set_up(settings, data, teachers, device), teachers
-
-
-def timed(block: Callable[[int], None], device, steps: int, repeats: int) -> float:
-    """Median over repeats of block(steps)'s seconds a step, after one block that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        block(steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) / steps)
-    return statistics.median(times[1:])
-
-
-def seconds_per_step(run: SimpleNamespace, device, steps: int, repeats: int) -> float:
-    """One whole-batch step as train() runs it, teachers included."""
-    step = capture(run) if device.type == "cuda" else run.step
-    run.start_epoch(0, torch.Generator().manual_seed(0))
-
-    def block(count):
-        for _ in range(count):
-            run.batches.position.zero_()
-            run.index.zero_()
-            step(run.batches.sizes[0])
-
-    return timed(block, device, steps, repeats)
-
-
-def estimate(settings: dict, data: Dataset, device, eval_every: int, runs_dir) -> float:
-    """Seconds of this run and its teachers', from a few steps, less what runs_dir has of them."""
-    some = slice(0, 2 * settings["batch_size"])
-    images, y = data.train_images[some], data.train_targets[some]
-    little, total = data._replace(train_images=images, train_targets=y), 0.0
-    for one in [settings, *map(lambda t: teacher_settings(settings, t), settings["teachers"])]:
-        log = runs_dir / run_name(one) / "log.jsonl" if runs_dir else None
-        done = log.read_bytes().count(b"\n") - 1 if log and log.exists() else 0
-        left = 0 if "checkpoint" in one else max(0, one["epochs"] - done)
-        if left == 0 and one is settings:
-            break  # its teachers are not needed
-        if left:
-            run = untrained(one, little, device)[0]
-            steps = 20 if device.type == "cuda" else 1
-            seconds = seconds_per_step(run, device, steps, 3) / run.batches.sizes[0]
-            tests = math.ceil(left / eval_every) * len(data.test_targets)
-            total += seconds * (left * len(data.train_targets) + tests / 3)  # a test: a third
-    return total
-
-
-class PlainImages(torch.utils.data.Dataset):
-    """One image at a time, cropped, flipped and normalised by itself, as the usual loader does."""
-
-    def __init__(self, data: Dataset):
-        self.images, self.targets = F.pad(data.train_images, (4, 4, 4, 4)), data.train_targets
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, i):
-        top, left, mirrored = (int(torch.randint(n, ())) for n in (9, 9, 2))
-        image = self.images[i, :, top : top + 32, left : left + 32]
-        return normalise(image.flip(2) if mirrored else image), self.targets[i]
-
-
-def plain_seconds_per_step(settings: dict, data: Dataset, device, steps, repeats) -> float:
-    """The same step as most code has it: float32 (on CUDA with torch's own choice of TF32), NCHW,
-    eager, DataLoader, loss read every step.
-    """
-    fp32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True  # the default
-    run, teachers = untrained(settings | {"precision": "fp32"}, data, device)
-    for model in (run.student, *teachers):
-        model.to(memory_format=torch.contiguous_format)
-    student = run.student.train()
-    parameters = [*student.parameters(), *run.adapter.parameters()]
-    optimizer = torch.optim.SGD(parameters, settings["lr"], momentum=0.9,
-                                weight_decay=settings["weight_decay"])
-    workers = 4 if device.type == "cuda" else 0
-    loader = torch.utils.data.DataLoader(PlainImages(data), settings["batch_size"], shuffle=True,
-                                         num_workers=workers, persistent_workers=workers > 0)
-    endless = (batch for _ in itertools.repeat(None) for batch in loader)
-
-    def block(count):
-        for images, y in itertools.islice(endless, count):
-            images, y = images.to(device), y.to(device)
-            with torch.no_grad():
-                t = [teacher(images) for teacher in teachers]
-            loss = method_loss(settings["method"], student(images), t, y, run.c)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-
-    seconds = timed(block, device, steps, repeats)
-    torch.backends.cudnn.allow_tf32 = fp32
-    return seconds
-
-
-def bench(settings: dict, data: Dataset, args, device) -> None:
-    """Print the speed of the path that train() takes and of the plain path, on this device."""
-    import resource
-
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cuda, n = device.type == "cuda", 8192 if device.type == "cuda" else 2048
-    run = untrained(settings, data, device)[0]
-    batch, (steps, repeats) = run.batches.sizes[0], (50, 7) if cuda else (4, 5)
-    run.start_epoch(0, torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as flops:
-        run.step(batch)
-    ours = seconds_per_step(run, device, steps, repeats)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    memory = torch.cuda.max_memory_allocated() if cuda else unit * resource.getrusage(0).ru_maxrss
-    plain = plain_seconds_per_step(settings, data, device, steps, repeats)
-    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    peak = 2 * n**3 / timed(lambda count: [a @ b for _ in range(count)], device, 5, 5)
-    rate = flops.get_total_flops() / ours
-    networks = " from ".join([settings["network"], *(t["network"] for t in settings["teachers"])])
-    print(f"bench    {settings['method']}, {networks}; {describe(device)}, {settings['precision']}")
-    for name, seconds in (("this program", ours), ("plain path", plain)):
-        speed = f"{1000 * seconds:9.2f} ms a step {batch / seconds:10.0f} images/s"
-        print(f"         {name:<13}{speed}, batch {batch}")
-    print(f"         ratio {plain / ours:.2f}; medians of {repeats} x {steps} steps, after warm-up")
-    share = f"{100 * rate / peak:.0f} % of a large matrix product's {peak / 1e12:.3f}"
-    print(f"         {rate / 1e12:.3f} TFLOP/s, {share}; peak memory {memory / 2**20:.0f} MiB")
-    total = duration(estimate(settings, data, device, args.eval_every, None))
-    print(f"         the command at {settings['epochs']} epochs, teachers included: about {total}")
-
-
-# ---- results: the table and the picture
-
-# Top-1 in %, ResNet-32 (kd, cbd: from ResNet-32), at these data sets and ratios.
-PUBLISHED_AT = [(name, imb) for name in ("cifar100", "cifar10") for imb in (100, 50, 10)]
-PUBLISHED = {
-    "ce": "37.73 [1], 39.62 [2]|43.78 [1], 44.91 [2]|56.48 [2]"
-    "|71.95 [1], 70.29 [2]|76.45 [1], 77.09 [2]|86.74 [2]",
-    "bsce": "42.99 [1]|46.55 [1]|-|77.54 [1]|81.11 [1]|-",
-    "kd from ce": "40.36 [3]|45.49 [3]|59.22 [3]|-|-|-",
-    "kd from bsce": "45.52 [4]|50.83 [4]|-|78.88 [4]|82.44 [4]|-",
-    "cbd from ce": "44.83 [5]|49.19 [5]|-|-|-|-",
-}
-PUBLISHED_WIDE = {"kd from ce": "42.48 [6]", "ltkd from ce": "51.08 [6]"}  # 8x4 from 32x4, imb 100
-SOURCES = {
-    "[1]": "zhangyongshun/BagofTricks-LT, its own runs",
-    "[2]": "feidfoe/AdjustBnd4Imbalance, README",
-    "[3]": 'Table 2 of "Long-tailed recognition via weight balancing"; its teacher is not stated',
-    "[4]": "DiVE (KD from a balanced-softmax teacher), as BagofTricks-LT lists it",
-    "[5]": "a re-implementation with another recipe, best test epoch",
-    "[6]": "third-party notes on arXiv 2506.18496",
-}
-
-
-def published(settings: dict) -> str:
-    """The nearest figure that we could read for a setting with default flags; or a dash.
-
-    [1] and [2] have our recipe; method or recipe of the others differ or are not stated.
-    """
-    teachers, where = settings["teachers"], (settings["dataset"], settings["imb"])
-    networks = [settings["network"], *(teacher["network"] for teacher in teachers)]
-    key = " from ".join([settings["method"], *(teacher["method"] for teacher in teachers)])
-    given = any("checkpoint" in teacher for teacher in teachers)
-    if settings["epochs"] != 200 or deviations(settings) or given:
-        return "-"
-    if networks == ["resnet8x4", "resnet32x4"] and where == ("cifar100", 100):
-        return PUBLISHED_WIDE.get(key, "-")
-    if {*networks} != {"resnet32"} or where not in PUBLISHED_AT or key not in PUBLISHED:
-        return "-"
-    return PUBLISHED[key].split("|")[PUBLISHED_AT.index(where)]
-
-
-def finished_runs(folders: list[str]) -> list[dict]:
-    """The result.json of every finished run; a folder is a run or holds runs."""
-    found = {}  # by path: a run that is named twice counts once
+def finished_runs(folders):
+    """{setting: {row: results}} of the runs below the folders; results of a row differ in seeds."""
+    settings, order = {}, list(METHODS)
     for folder in map(Path, folders):
-        own = folder / "result.json"
-        paths = [own] if own.exists() else sorted(folder.glob("*/result.json"))
+        paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
             raise InputError(f"{folder}: no finished run there (no result.json)")
-        found |= {path.resolve(): read_result(path) | {"folder": path.parent} for path in paths}
-    return list(found.values())
+        for path in map(Path.resolve, paths):
+            result = read(path)
+            config = result["config"]
+            setting = (f"{config.dataset}, imb {config.imb:g}, {config.epochs} epochs, "
+                       f"{config.precision}, images {config.data}")
+            row = " ".join([label(config), *(t.get("checkpoint", "") for t in config.teachers)])
+            lines = map(json.loads, path.with_name("log.jsonl").read_text().splitlines()[1:])
+            result["tests"] = {line["epoch"]: line["top1"] for line in lines if "top1" in line}
+            place = config.network, order.index(config.method), row.strip()
+            settings.setdefault(setting, {}).setdefault(place, {})[path] = result  # once a path
+    return {setting: {place[2]: list(rows[place].values()) for place in sorted(rows)}
+            for setting, rows in sorted(settings.items())}
 
+def table(folders):
+    """Print Markdown: for each setting a heading, a row a method, and bars from head to tail."""
+    for setting, rows in finished_runs(folders).items():
+        made = {f"kd-lt {result['version']} on {device}" for results in rows.values()
+                for result in results for device in result["devices"]}
+        print(f"**{setting}**; {'; '.join(sorted(made))}. Test accuracy in % after the last epoch, "
+              "mean ± sample standard deviation over n seeds. krdistill is our reconstruction.\n")
+        print_rows(rows)
+        best = [f"{row} {spread([max(r['tests'].values()) for r in results])}"
+                for row, results in rows.items()]
+        print("Best test epoch instead of the last, which is chosen on the test set and stands "
+              f"here only beside published numbers that are chosen so: {', '.join(best)}.\n")
 
-def by_setting(results: list[dict]) -> list[list[dict]]:
-    """Results grouped by everything but the seeds: different settings are never averaged."""
-    groups = {}
-    for result in results:
-        s = result["settings"]
-        teachers = [{k: v for k, v in t.items() if k != "seed"} for t in s["teachers"]]
-        key = json.dumps(s | {"seed": None, "teachers": teachers}, sort_keys=True)
-        groups.setdefault(key, []).append(result)
-
-    def order(group):
-        s = group[0]["settings"]
-        method = list(METHODS).index(s["method"])
-        return s["dataset"], -s["imb"], s["network"], s["epochs"], method, label(s)
-
-    return sorted(groups.values(), key=order)
-
-
-def label(settings: dict) -> str:
-    """The method, and what deviates from its defaults."""
-    teachers = settings["teachers"]
-    extras = [f"{len(teachers)} teachers"] if len(teachers) > 1 else []
-    extras += sorted({f"{t['method']} teacher" for t in teachers if t["method"] != "ce"})
-    extras += ["given teacher"] if any("checkpoint" in t for t in teachers) else []
-    extras += [f"{key} {value}" for key, value in deviations(settings).items()]
-    return settings["method"] + (f" ({', '.join(extras)})" if extras else "")
-
-
-def table(folders: list[str]) -> None:
-    """Print Markdown: a row a setting, mean +- sample standard deviation over its seeds."""
-    groups, used = by_setting(finished_runs(folders)), set()
-    made = {f"kd-lt {r['version']} on {d}" for group in groups for r in group for d in r["devices"]}
-    print(f"Test accuracy in % after the last epoch, made with {'; '.join(sorted(made))}.\n")
-    head = "data|imb|method|networks|epochs|precision|n|top-1|many|medium|few|minutes|published"
-    print(f"| {head.replace('|', ' | ')} |\n{'|---' * 13}|")
-    for group in groups:
-        s = group[0]["settings"]
-        networks = list(dict.fromkeys(t["network"] for t in s["teachers"])) + [s["network"]]
-        cells = [s["dataset"], f"{s['imb']:g}", label(s), " to ".join(networks)]
-        cells += [str(s["epochs"]), s["precision"], str(len(group))]
-        for key in ("top1", *GROUPS):
-            values = [result[key] for result in group if result[key] is not None]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "-")
-        minutes = statistics.fmean(result["seconds"] for result in group) / 60
-        cells += [f"{minutes:.1f}", published(s)]
-        used |= set(re.findall(r"\[\d\]", cells[-1]))
-        print(f"| {' | '.join(cells)} |")
-    print("\nMean ± sample standard deviation over n seeds; ce and bsce count the runs made as")
-    print("teachers too. many, medium, few: classes of more than 100, 20 to 100, fewer than 20")
-    print("training images. minutes: training of this network alone. published: the nearest figure")
-    print("that we could read, or a dash. krdistill is our reconstruction, ltkd our reading.")
-    for key in sorted(used):
-        print(f"{key} {SOURCES[key]}")
-
-
-def plot(file: str, folders: list[str]) -> None:
-    """Draw accuracy from head to tail and over the epochs, a line a setting, as PNG or SVG."""
+def plot(file, folders):
+    """Draw accuracy from head to tail and over the epochs, a line a method, as .png or .svg."""
     if Path(file).suffix not in (".png", ".svg"):
         raise InputError(f"--plot {file}: the name must end in .png or .svg")
     try:
         import matplotlib
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    data = {}  # a row of the picture for each
-    for group in by_setting(finished_runs(folders)):
-        s = group[0]["settings"]
-        name = f"{s['dataset']}, imb {s['imb']:g} ({s['imb_type']})"
-        data.setdefault((name, *group[0]["class_counts"]), []).append(group)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = {"figsize": (13, 5.5 * len(data)), "layout": "constrained", "squeeze": False}
-    figure, axes = pyplot.subplots(len(data), 2, **size)
-    for (left, right), ((name, *counts), groups) in zip(axes, data.items()):
-        buckets = class_buckets(counts, 20)
-        middles = [(i + 0.5) * len(counts) / len(buckets) - 0.5 for i in range(len(buckets))]
-        bars = left.twinx()
-        bars.fill_between(range(len(counts)), sorted(counts, reverse=True), color="0.88")
-        bars.set(yscale="log", ylabel="training images of the class (grey)")
-        left.set_zorder(bars.get_zorder() + 1)
-        left.patch.set_visible(False)
-        for i, group in enumerate(groups):
-            s = group[0]["settings"]
-            setting = f"{label(s)}, {s['network']}, {s['epochs']} epochs, {s['precision']}"
-            style = {"label": f"{setting}, n = {len(group)}"}
-            style |= {"marker": "osv^Dx*P"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
-            style |= {"color": pyplot.cm.viridis(0.85 * i / max(1, len(groups) - 1))}
-            means = [mean_of(r["per_class"][c] for r in group for c in part) for part in buckets]
-            left.plot(middles, means, **style)
-            lines = [(r["folder"] / "log.jsonl").read_text().splitlines()[1:] for r in group]
-            rows = [row for log in lines for row in map(json.loads, log) if "top1" in row]
-            epochs = sorted({row["epoch"] for row in rows})
-            tops = [mean_of(row["top1"] for row in rows if row["epoch"] == e) for e in epochs]
-            right.plot(epochs, tops, markevery=max(1, len(epochs) // 10), **style)
-        left.set(title=name, xlabel="class, from most to fewest training images", ylim=(0, None))
-        left.set(ylabel=f"test accuracy in %, means over {len(buckets)} parts of the classes")
-        right.set(title="mean over seeds", xlabel="epoch", ylabel="top-1 test accuracy in %")
+    settings = finished_runs(folders)
+    size = {"figsize": (13, 5.5 * len(settings)), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(len(settings), 2, **size)
+    for (left, right), (setting, rows) in zip(axes, settings.items(), strict=True):
+        for i, (row, results) in enumerate(rows.items()):
+            style = {"label": f"{row}, n = {len(results)}", "marker": "osv^Dx*P"[i % 8]}
+            left.plot(head_to_tail(results, 20)[1], **style)
+            epochs = sorted({epoch for result in results for epoch in result["tests"]})
+            tests = [mean([result["tests"].get(e) for result in results]) for e in epochs]
+            right.plot(epochs, tests, markevery=0.1, **style)
+        left.set(title=setting, xlabel="20 parts of the classes, most training images first",
+                 ylabel="test accuracy in %", ylim=(0, None))
+        right.set(xlabel="epoch", ylabel="top-1 test accuracy in %, mean over seeds")
         right.legend(fontsize=8)
-    figure.suptitle("krdistill is our reconstruction, ltkd our reading", fontsize=8)
+    figure.suptitle("krdistill is our reconstruction", fontsize=8)
     figure.savefig(file, dpi=150)
-    print(f"plot     {file}: {sum(map(len, data.values()))} settings")
+    print(f"plot     {file}")
 
+# ---- 6 command line
 
-# ---- flags
+SMOKE = {"dataset": "synthetic", "student": "resnet8", "teacher": "resnet8", "epochs": 8,
+         "batch_size": 64, "runs_dir": "runs/smoke"}
 
-
-def number(kind: type, low: float, high: float = 1e9) -> Callable:
-    """An argparse type: an int or float from low to high."""
-
-    def parse(text: str):
+def number(kind, low, high=1e9):
+    """An argparse type: an int or float from low to high, both included."""
+    def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not within {low:g} .. {high:g}")
         return value
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's own message
     return parse
 
-
-def method_table() -> str:
-    """What stands below --help: two or three lines a method."""
-    lines = ["methods, their losses, and the defaults of their own flags:"]
+def parse_flags(argv):
+    methods = ["methods: their losses, and the defaults of their own flags"]
     for name, method in METHODS.items():
-        own = {key: value for key, value in method.defaults.items() if key not in TEACHER}
-        own |= {"bkd_start": "0 (cifar10: 0.8)"} if "bkd_start" in own else {}
-        flags = "".join(f" {flag(key)} {value}" for key, value in own.items())
-        teachers = "K teachers" if name == "cbd" else "1 teacher" if own else "no teacher"
-        sampler = {"class": "class-balanced draws", "instance": "each image once an epoch"}
-        about = f"{sampler[method.sampler]}, {method.head} head, {teachers}"
-        lines += [f"  {name:<10} {method.formula}", f"{'':13}{method.source}", f"{'':13}{about}"]
-        lines += [f"{'':12}{flags}"] if flags else []
-    return "\n".join(lines)
-
-
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+        flags = "".join(f"  --{key.replace('_', '-')} {v}" for key, v in method.hyper.items())
+        methods.append(f"  {name:<10}{method.loss.__doc__.strip().splitlines()[0]}\n{'':10}{flags}")
     parser = argparse.ArgumentParser(
-        prog="kd_lt.py", epilog=method_table(), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Knowledge distillation for long-tailed recognition: train the teacher or "
-        "reuse it, distil the student, report many-, medium- and few-shot accuracy.")
-    positive, weight = number(int, 1), number(float, 0)
-    add = parser.add_argument_group("run").add_argument
-    add("--method", choices=METHODS, default="bkd", help="see below (default: bkd)")
-    add("--dataset", metavar="NAME", help="cifar100 (default), cifar10, synthetic, or FILE.npz with"
-        " x_train, x_test (uint8, 32x32), y_train, y_test (integers)")
-    add("--imb", type=number(float, 1), default=100.0, help="largest class / smallest; default 100")
-    add("--imb-type", choices=("exp", "step"), default="exp", help="shape of the tail; default exp")
-    add("--subset-seed", type=number(int, 0, 2**32 - 1), default=0,
-        help="which images are kept; default 0, the published subset")
-    add("--student", choices=NETWORKS, metavar="NETWORK",
-        help=f"default resnet32; one of {', '.join(NETWORKS)}")
+        prog="kd_lt.py", epilog="\n".join(methods), allow_abbrev=False, usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+        description="Train a teacher, distil a student on long-tailed data, report its accuracy.")
+    count, weight, seed = number(int, 1), number(float, 0), number(int, 0, 2**32 - 1)
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="bkd", help="default %(default)s; see below")
+    add("--dataset", default="cifar100", metavar="NAME", help="cifar100 (default), cifar10, "
+        "synthetic or FILE.npz with x_train, x_test (uint8, square), y_train, y_test")
+    add("--imb", default=100.0, type=number(float, 1), metavar="X", help="training images of the "
+        "largest class over those of the smallest; default %(default)g")
+    add("--imb-type", default="exp", choices=("exp", "step"), help="default %(default)s")
+    add("--subset-seed", default=0, type=seed, metavar="N", help="default 0, the published images")
+    add("--student", default="resnet32", choices=NETWORKS, metavar="NETWORK",
+        help=f"default %(default)s; one of {', '.join(NETWORKS)}")
     add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default resnet32")
-    add("--teacher-method", choices=("ce", "bsce"), help="how the teacher is trained; default ce")
-    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="a run folder or last.pt to use")
-    add("--num-teachers", type=positive, help="cbd; the second half trains on distorted colours")
-    add("--seed", type=number(int, 0), default=0, help="of all else that is random; default 0")
-    add = parser.add_argument_group("recipe of teacher and student").add_argument
-    add("--epochs", type=positive, help="default 200")
-    add("--batch-size", type=positive, help="default 128")
-    add("--lr", type=number(float, 1e-6), help="default 0.1")
-    add("--weight-decay", type=weight, help="default 0.0002")
-    add = parser.add_argument_group("loss (defaults below)").add_argument
-    add("--temperature", type=number(float, 1e-3), help="T of the softened probabilities")
-    add("--alpha", type=weight, help="of distillation; krdistill (reconstruction): L_LRD; 0: off")
-    add("--beta", type=weight, help="bkd: of effective numbers; cbd: of L_FD; ltkd: within groups")
-    add("--gamma", type=weight, help="krdistill (reconstruction): of L_RRD; 0: off")
-    add("--bkd-start", type=number(float, 0, 1), help="share of training before bkd's weights act")
-    add = parser.add_argument_group("where and how").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="default auto: bf16 where the hardware has it")
-    add("--eval-every", type=positive, help="epochs between tests; default 1, on a CPU 5")
-    add("--data-dir", default="data", help="where CIFAR is, or goes; default data")
-    add("--runs-dir", help="where runs are kept; default runs")
-    smoke = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in SMOKE.items())
-    add("--smoke", action="store_true", help=f"a run of seconds, by other defaults: {smoke}")
-    add = parser.add_argument_group("instead of a run").add_mutually_exclusive_group().add_argument
-    add("--bench", action="store_true", help="measure the training step on this device")
+    add("--teacher-method", choices=("ce", "bsce"), help="default ce, with dive bsce")
+    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="run folders, instead of training")
+    add("--num-teachers", type=count, metavar="K", help="cbd: half of them see distorted colours")
+    add("--seed", default=0, type=seed, metavar="N", help="of all that is random; default 0")
+    add("--epochs", default=200, type=count, metavar="N", help="default %(default)s")
+    add("--batch-size", default=128, type=count, metavar="N", help="default %(default)s")
+    add("--lr", default=0.1, type=number(float, 1e-6), metavar="X", help="default %(default)s")
+    add("--weight-decay", default=2e-4, type=weight, metavar="X", help="default %(default)s")
+    add("--temperature", type=number(float, 1e-3), metavar="X", help="softens the probabilities")
+    add("--alpha", type=weight, metavar="X", help="weight of distillation; krdistill: of L_LRD")
+    add("--beta", type=weight, metavar="X", help="bkd: of effective numbers; cbd: of the features")
+    add("--gamma", type=weight, metavar="X", help="krdistill (our reconstruction): of L_RRD")
+    add("--power", type=weight, metavar="X", help="dive: flattens the teacher's probabilities")
+    add("--bkd-start", type=number(float, 0, 1), metavar="X", help="bkd: share of the epochs before"
+        " its weights act; on cifar10 0.8, as in its code")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default %(default)s")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default bf16, where "
+        "the hardware has it")
+    add("--eval-every", type=count, metavar="N", help="epochs between tests; default 1, on a CPU 5")
+    add("--data-dir", default="data", metavar="DIR", help="CIFAR is, or goes, here; default data")
+    add("--runs-dir", default="runs", metavar="DIR", help="default %(default)s")
+    add("--smoke", action="store_true", help="a run of seconds, by other defaults: "
+        + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in SMOKE.items()))
     add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown; default runs")
     add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs, .png or .svg")
-    return parser.parse_args(argv)
+    if "--smoke" in (sys.argv if argv is None else argv):
+        parser.set_defaults(**SMOKE | {"teacher": None})
+    args = parser.parse_args(argv)
+    refuse_ignored(parser, args)
+    return args
 
-
-def resolve(args: argparse.Namespace, data: Dataset, precision: str) -> dict:
-    """The settings that make a run what it is, every default filled in."""
-    method = METHODS[args.method]
-    hyper = {key: value for key, value in method.defaults.items() if key not in TEACHER}
-    hyper |= {"bkd_start": BKD_START.get(args.dataset, 0.0)} if "bkd_start" in hyper else {}
-    hyper |= {key: getattr(args, key) for key in hyper if getattr(args, key) is not None}
-    count = hyper.pop("num_teachers", 1 if method.defaults else 0)
-    same = ("dataset", "imb", "imb_type", "subset_seed", "method", "seed", *RECIPE)
-    settings = {key: getattr(args, key) for key in same} | {"data": data.digest, "hyper": hyper}
-    settings["dataset"] = Path(args.dataset).name  # a file by its content, wherever it lies
-    settings |= {"network": args.student, "head": method.head, "colour": False}
-    settings["precision"] = precision
-    if args.teacher_checkpoint:
-        classes = len(data.class_counts)
-        teachers = [checkpoint_identity(p, settings, classes) for p in args.teacher_checkpoint]
-    else:  # other seeds than the student's, or it would start as its own untrained teacher
-        network, by = args.teacher, args.teacher_method
-        teachers = [{"network": network, "method": by, "head": method.head,
-                     "seed": args.seed + 1000 * (k + 1), "colour": k >= count - count // 2}
-                    for k in range(count)]
-    return settings | {"teachers": teachers}
-
-
-SMOKE = {"dataset": "synthetic", "student": "resnet8", "teacher": "resnet8", "epochs": 8}
-SMOKE |= {"batch_size": 64, "runs_dir": "runs/smoke"}
-
-
-def flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that this run would ignore, then fill in the defaults that no method owns."""
+def refuse_ignored(parser, args):
+    """A flag that the method would ignore is an error, because it would spoil an experiment."""
     method, given = METHODS[args.method], {key for key, v in vars(args).items() if v is not None}
-    own = {*method.defaults} | ({"teacher_checkpoint"} if method.defaults else set())
-    of_methods = {"teacher_checkpoint"}.union(*(m.defaults for m in METHODS.values()))
-    for key in sorted(of_methods & given - own):
-        raise InputError(f"{flag(key)} does nothing with --method {args.method}: leave it out")
-    for key in sorted({"teacher", "teacher_method", "num_teachers"} & given):
-        if args.teacher_checkpoint:
-            raise InputError(f"{flag(key)}: --teacher-checkpoint already says which teacher")
+    taught = {"teacher", "teacher_method", "num_teachers", "teacher_checkpoint"}
+    ignored = taught.union(*(other.hyper for other in METHODS.values())) - method.hyper.keys()
+    if method.teacher:
+        ignored -= {"teacher_checkpoint"} if args.teacher_checkpoint else taught
+        ignored |= {"num_teachers"} if args.method != "cbd" else set()
+    for key in sorted(ignored & given):
+        beside = " --teacher-checkpoint" * bool(method.teacher and args.teacher_checkpoint)
+        parser.error(f"--{key.replace('_', '-')} does nothing with --method {args.method}{beside}")
     if len(args.teacher_checkpoint or []) > 1 and args.method != "cbd":
-        raise InputError("--teacher-checkpoint: only --method cbd takes several teachers")
-    if args.method == "bkd" and (args.beta or 0) >= 1:
-        raise InputError(f"--beta {args.beta:g}: bkd needs a number of at least 0 and below 1")
-    if args.method == "cbd" and (args.alpha or 0) > 1:
-        raise InputError(f"--alpha {args.alpha:g}: cbd needs a number of at least 0 and at most 1")
-    if args.imb == 1 and str(args.dataset).endswith(".npz"):
-        for key, unset in (("imb_type", "exp"), ("subset_seed", 0)):
-            if getattr(args, key) != unset:
-                raise InputError(f"{flag(key)} does nothing with a file at --imb 1: leave it out")
-    usual = {"dataset": "cifar100", "student": "resnet32", "runs_dir": "runs"} | RECIPE | TEACHER
-    for key, value in (usual | (SMOKE if args.smoke else {})).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+        parser.error("--teacher-checkpoint: only --method cbd takes several teachers")
+    for name, key, high in (("bkd", "beta", 0.9999999), ("cbd", "alpha", 1), ("dive", "alpha", 1)):
+        if args.method == name and (getattr(args, key) or 0) > high:
+            parser.error(f"--{key}: {name} needs a number of at most {high}")
 
+def make_config(args, data, precision):
+    """The one Config of the flags, every default filled in."""
+    method = METHODS[args.method]
+    hyper = dict(method.hyper)
+    if args.method == "bkd":
+        hyper["bkd_start"] = BKD_START.get(args.dataset, 0.0)
+    hyper |= {key: getattr(args, key) for key in hyper if getattr(args, key) is not None}
+    same = {key: value for key, value in vars(args).items() if key in Config.__annotations__}
+    config = Config(**same | {"dataset": Path(args.dataset).name, "data": data.digest,
+                              "network": args.student, "head": method.head, "hyper": hyper,
+                              "teachers": [], "precision": precision, "colour": False})
+    if args.teacher_checkpoint:
+        return replace(config, teachers=[given_teacher(p, config) for p in args.teacher_checkpoint])
+    teacher = {"network": args.teacher or (SMOKE["teacher"] if args.smoke else "resnet32"),
+               "method": args.teacher_method or method.teacher, "head": method.head}
+    total, teachers = (args.num_teachers or 1) if method.teacher else 0, []
+    for k in range(total):  # other seeds than the student's, or it would start as its teacher did
+        seed, colour = args.seed + 1000 * (k + 1), k >= total - total // 2
+        teachers.append(teacher | {"seed": seed, "colour": colour})
+    return replace(config, teachers=teachers)
 
-def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """The device and the precision of this run; asking for what is not there is an error."""
-    found = torch.cuda.is_available()
-    if args.device == "cuda" and not found:
-        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    device = torch.device("cuda" if found and args.device != "cpu" else "cpu")
-    if device.type == "cuda":
+def describe(device):
+    """The device and the torch version, as run folders and reports show them."""
+    cpu = f"CPU with {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return f"{name}, torch {torch.__version__}"
+
+def choose_device(args):
+    """The device and the precision of this run; what is asked for and is not there is an error."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.device != "cpu" and not cuda:
+        try:
+            torch.cuda.init()
+            reason = "torch sees no GPU"
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+        if args.device == "cuda":
+            raise InputError(f"--device cuda: {reason}")
+        if any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")):
+            print(f"warning  there is an NVIDIA driver, but torch cannot use it ({reason}): the run"
+                  " is on the CPU, many times slower. Update the driver, or install a torch build "
+                  "that fits it; --device cpu silences this line", file=sys.stderr)
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         torch.backends.cudnn.benchmark = True
-    else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp32"
+        if args.precision == "bf16" and not has_bf16:
+            raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has none, because "
+                             "its compute capability is below 8.0; use fp32")
+    precision = {"auto": "bf16" if has_bf16 else "fp32"}.get(args.precision, args.precision)
     torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
-    args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
-    return device, precision
+    return torch.device("cuda" if cuda else "cpu"), precision
 
-
-def run_command(args: argparse.Namespace) -> None:
-    if args.table is not None or args.plot:
-        folders = args.plot[1:] if args.plot else args.table
-        usual = vars(parse_flags([])) | {"table": args.table, "plot": args.plot}
-        for key in sorted(usual.keys() - (set() if folders else {"runs_dir", "smoke"})):
-            if getattr(args, key) != usual[key]:
-                what = f"--{'plot FILE' if args.plot else 'table'}{' RUNS' if folders else ''}"
-                raise InputError(f"{flag(key)} does nothing with {what}: leave it out")
-        folders = folders or [args.runs_dir or (SMOKE["runs_dir"] if args.smoke else "runs")]
-        return plot(args.plot[0], folders) if args.plot else table(folders)
-    check_flags(args)
+def train_and_report(args):
     device, precision = choose_device(args)
+    args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
-    if args.method == "ltkd" and len(data.class_counts) < 3:
-        raise InputError(f"--method ltkd needs at least 3 classes, {args.dataset} has 2")
-    settings = resolve(args, data, precision)
-    if args.bench:
-        return bench(settings, data, args, device)
-    method, counts = METHODS[args.method], data.class_counts
+    config, counts = make_config(args, data, precision), data.class_counts
     groups = ", ".join(f"{sum(low <= n <= high for n in counts)} {group}"
                        for group, (low, high) in GROUPS.items())
-    own = "".join(f", {key} {value:g}" for key, value in settings["hyper"].items())
-    recipe = ", ".join(f"{key.replace('_', ' ')} {settings[key]:g}" for key in RECIPE)
-    images = f"{sum(counts):,} training images, {max(counts)}..{min(counts)} a class"
-    print(f"data     {data.name}, imb {args.imb:g} ({args.imb_type}): {images}")
-    print(f"         {len(counts)} classes: {groups}; {len(data.test_targets):,} test images")
-    print(f"method   {args.method}{own}")
-    print(f"         {method.formula}; {method.source}")
-    print(f"recipe   {recipe}, seed {args.seed}")
-    print(f"device   {describe(device)}, {precision}", flush=True)
-    if device.type == "cpu":
-        left = estimate(settings, data, device, args.eval_every, Path(args.runs_dir))
-        if left:
-            print(f"time     about {duration(left)} here, teachers included", flush=True)
-    result = execute(settings, data, args, device)
-    report(Path(args.runs_dir) / run_name(settings), result)
-
+    print(f"data     {data.name}: {sum(counts):,} training images, {max(counts)}..{min(counts)} a "
+          f"class; {len(counts)} classes: {groups}; {len(data.test_targets):,} test images")
+    print(f"device   {describe(device)}, {precision}\n{config}", flush=True)
+    folder = run(config, data, args, device)
+    result = read(folder / "result.json")
+    print(f"result   {folder}, test accuracy in % after the last epoch\n")
+    rows = {f"teacher {i + 1}": [teacher] for i, teacher in enumerate(result["teachers"])}
+    print_rows(rows | {label(config): [result]})
 
 def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
@@ -1314,31 +872,27 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     args = parse_flags(argv)
     try:
-        run_command(args)
+        if args.plot:
+            plot(args.plot[0], args.plot[1:] or [args.runs_dir])
+        elif args.table is not None:
+            table(args.table or [args.runs_dir])
+        else:
+            train_and_report(args)
         sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except InputError as error:
-        message, status = str(error), 2
-    except RunError as error:
-        message, status = str(error), error.status
-    except RuntimeError as error:  # torch's own OutOfMemoryError, or what it became in a capture
-        known = isinstance(error, torch.OutOfMemoryError)
-        if not known and "out of memory" not in f"{error} {error.__context__}":
+        status, message = 2, str(error)
+    except RuntimeError as error:  # of torch, cuBLAS or cuDNN; a failed capture wraps it
+        words = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
+        if not any(word in f"{error} {error.__context__}" for word in words):
             raise
-        message = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CUDA'}: "
-        message += f"out of memory with --batch-size {args.batch_size}; try a smaller one"
-        status = 1
-    except BrokenPipeError:  # what we print to is gone: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status, message = 1, f"out of memory with --batch-size {args.batch_size}; try a smaller one"
     except OSError as error:
-        where = error.filename or args.runs_dir or "standard output"
-        message, status = f"{where}: {error.strerror or error}", 1
+        status, message = 1, f"{error.filename or args.runs_dir}: {error.strerror or error}"
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command continues after the last whole epoch", 130
+        status, message = 130, "interrupted; the same command continues after the last whole epoch"
     print(f"kd_lt.py: {message}", file=sys.stderr)
     return status
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
-"""ResNets for 32x32 images. Every forward returns (logits, features).
+"""ResNets for small square images, 16x16 to 128x128. Every forward returns (logits, features).
 
     name         layers   parameters, 10 classes   100 classes   features
     resnet8           8                   75,290        81,140         64
@@ -34,27 +34,18 @@ class Output(NamedTuple):
     features: Tensor  # (B, D), what the classifier sees
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d without its batch counter, at fixed momentum a wasted kernel in every step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, var = self.running_mean, self.running_var
-        weight, bias = self.weight, self.bias
-        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
-
-
 class BasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int, shortcut: str):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = BatchNorm(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.extra = stride, channels - channels_in
         self.shortcut = None
         if shortcut == "conv" and (stride != 1 or self.extra):
             conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, BatchNorm(channels))
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -80,11 +71,16 @@ class CosineClassifier(nn.Module):
         return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
 
+def ignore_batch_counters(model: nn.Module, keys: NamedTuple) -> None:
+    """Let load_state_dict pass over the counters of other BatchNorms, as older checkpoints have."""
+    keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if "num_batches_tracked" not in k]
+
+
 class ResNet(nn.Module):
     def __init__(self, layers, stem, channels, shortcut, num_classes, head, projection=None):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        self.bn1 = BatchNorm(stem)
+        self.bn1 = nn.BatchNorm2d(stem)
         blocks, width = [], stem
         for stage, out in enumerate(channels):
             for block in range((layers - 2) // 6):
@@ -99,9 +95,12 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
                 nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.BatchNorm2d):  # at fixed momentum a counter has no use,
+                module.num_batches_tracked = None  # and costs a kernel in every step
+        self.register_load_state_dict_post_hook(ignore_batch_counters)
 
     def forward(self, images: Tensor) -> Output:
-        """images (B, 3, 32, 32) -> (logits, features)."""
+        """images float (B, 3, S, S) -> (logits (B, C), features (B, D))."""
         out = self.blocks(F.relu(self.bn1(self.conv1(images))))
         with torch.autocast(images.device.type, enabled=False):  # the head stays in full precision
             features = out.to(self.head.weight.dtype).mean((2, 3))
@@ -110,9 +109,8 @@ class ResNet(nn.Module):
             return Output(self.head(features), features)
 
 
-def build_model(
-    name: str, num_classes: int, head: str = "linear", projection: int | None = None
-) -> ResNet:
+def build_model(name: str, num_classes: int, head: str = "linear",
+                projection: int | None = None) -> ResNet:
     """A randomly initialised network (Kaiming-normal, from the global generator).
 
     name: a key of NETWORKS. head: "linear", or "cosine" (scale 20, no bias). projection: a width to
