@@ -37,10 +37,8 @@ CIFAR_SHA256 = {"cifar10": {  # of the original files, in the order in which the
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the literature's, for both sets
 
-
 class InputError(Exception):
     """Something the user gave is wrong: a flag, a file or a folder. Shown without a traceback."""
-
 
 def write_whole(path: Path, content: bytes, suffix: str = ".partial") -> None:
     """Write `path` + `suffix` and rename it: `path` is never half a file. Raises OSError."""
@@ -54,10 +52,8 @@ def write_whole(path: Path, content: bytes, suffix: str = ".partial") -> None:
     finally:  # also after Ctrl-C
         partial.unlink(missing_ok=True)
 
-
 def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
 
 def lock(folder: Path, wait: bool):
     """Make the folder and its lock, which the system releases when the process ends, however."""
@@ -74,7 +70,6 @@ def lock(folder: Path, wait: bool):
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
-
 def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp") -> list[int]:
     """Training images per class; class 0 has `max_count`, the last one 1 / `imb` of that.
 
@@ -90,7 +85,6 @@ def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp"
         shares = [1 if c < num_classes // 2 else 1 / imb for c in range(num_classes)]
     # Truncated, as published, not rounded. At least 1: 49 * (1 / 49) is 0.99... in float64.
     return [max(int(max_count * share), 1) for share in shares]
-
 
 def long_tail_indices(targets: Tensor | np.ndarray, counts: list[int], seed: int = 0) -> Tensor:
     """Rows (int64) of the first counts[c] images of each class c, after a shuffle of its rows.
@@ -109,7 +103,6 @@ def long_tail_indices(targets: Tensor | np.ndarray, counts: list[int], seed: int
         rng.shuffle(rows)
         chosen.append(rows[:count])
     return torch.from_numpy(np.concatenate(chosen).astype(np.int64))
-
 
 def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     """Images and targets of cifar10 or cifar100 in file order; fetched into `root` if missing.
@@ -133,7 +126,6 @@ def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor
         targets += batch["labels" if name == "cifar10" else "fine_labels"]
     return torch.from_numpy(np.concatenate(images).reshape(-1, 3, 32, 32)), torch.tensor(targets)
 
-
 def _download_cifar(name: str, folder: Path, missing: list[str]) -> None:
     url = CIFAR_URL + CIFAR_ARCHIVES[name]
     print(f"downloading {url} (about 170 MB)", file=sys.stderr, flush=True)
@@ -150,7 +142,6 @@ def _download_cifar(name: str, folder: Path, missing: list[str]) -> None:
     except Exception as error:  # network, disk and archive fail in a dozen types
         raise InputError(f"cannot get {url}: {type(error).__name__}, {error}\nBy hand: unpack "
                          f"it so that {folder} holds {', '.join(missing)}") from None
-
 
 def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_train, y_train, x_test, y_test of a user's .npz file: uint8 (N, 3, S, S) and int64 (N,).
@@ -186,7 +177,6 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         require(label in classes, f"y_test has class {label}, y_train only 0..{len(classes) - 1}")
     return tuple(result)
 
-
 def synthetic(num_classes: int = 10, per_class: int = 200, test_per_class: int = 50,
               seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Made-up x_train, y_train, x_test, y_test, balanced: each class a coarse pattern in noise."""
@@ -199,7 +189,6 @@ def synthetic(num_classes: int = 10, per_class: int = 200, test_per_class: int =
         result += [images.clamp(0, 255).to(torch.uint8), targets]
     return tuple(result)
 
-
 class Dataset(NamedTuple):
     name: str
     train_images: Tensor  # (N, 3, S, S) uint8
@@ -208,7 +197,6 @@ class Dataset(NamedTuple):
     test_targets: Tensor
     class_counts: list[int]
     digest: str  # of all four tensors: says which data it is, whatever the file is called
-
 
 def load_dataset(name: str, root: str | Path, imb: float, imb_type: str = "exp",
                  subset_seed: int = 0) -> Dataset:
@@ -236,7 +224,6 @@ def load_dataset(name: str, root: str | Path, imb: float, imb_type: str = "exp",
         sha256.update(tensor.numpy())
     return Dataset(str(name), images, targets, *test, counts, sha256.hexdigest()[:16])
 
-
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
     """scale and shift (3, 1, 1), luma (3,), a hue's quarter turn (3, 3): copied once."""
@@ -245,12 +232,10 @@ def _constants(device: torch.device) -> tuple[Tensor, ...]:
     hue = torch.linalg.inv(yiq) @ torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yiq
     return tuple(c.to(device) for c in (1 / (255 * std), -mean / std, yiq[0], hue))
 
-
 def normalise(images: Tensor) -> Tensor:
     """(B, 3, H, W) of 0..255, uint8 or float -> float32 (x / 255 - mean) / std, per channel."""
     scale, shift = _constants(images.device)[:2]
     return torch.addcmul(shift, images.float(), scale)
-
 
 def distort_colour(images: Tensor, draws: Tensor) -> Tensor:
     """SimCLR's colour distortion, each image by its own random numbers (CBD's "data_aug" teachers).
@@ -278,7 +263,6 @@ def distort_colour(images: Tensor, draws: Tensor) -> Tensor:
     pixels = torch.where(draws[:, 0, None, None] < 0.8, pixels, original)
     pixels = torch.where(draws[:, 1, None, None] < 0.2, (pixels @ luma)[:, :, None], pixels)
     return pixels.unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
-
 
 class Batches:
     """Shuffled, cropped, flipped, normalised training batches, made on the device without a copy.

@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -186,9 +186,8 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     class_counts n: C numbers. Returns (B, C). Raises ValueError for other shapes, counts below 1.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if teacher_logits.shape != targets.shape + counts.shape:
-        wanted = f"targets {targets.shape} by class_counts {counts.shape}"
-        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {wanted}")
+    if (shapes := targets.shape + counts.shape) != teacher_logits.shape:
+        raise ValueError(f"teacher_logits: {teacher_logits.shape}, targets, class_counts: {shapes}")
     if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
         raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
     z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
@@ -211,16 +210,14 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
     if student_features.shape != rectified_features.shape:
-        shapes = f"{rectified_features.shape}, not {student_features.shape}"
-        raise ValueError(f"rectified_features: {shapes} as student_features")
+        raise ValueError(f"rectified_features must be {student_features.shape} as student_features")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    z_t = rectify_logits(teacher_logits.detach(), targets, class_counts)
-    log_q = F.log_softmax(z_t / temperature, dim=1)
+    rectified_logits = rectify_logits(teacher_logits.detach(), targets, class_counts)
+    log_q = F.log_softmax(rectified_logits / temperature, dim=1)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     l_lrd = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
-    cosine = F.cosine_similarity(student_features, rectified_features.detach(), dim=1)
-    l_rrd = (1 - cosine).mean()
+    l_rrd = (1 - F.cosine_similarity(student_features, rectified_features.detach(), dim=1)).mean()
     bsce = balanced_softmax_loss(student_logits, targets, class_counts)
     return bsce + alpha * l_lrd + gamma * l_rrd
 
@@ -251,26 +248,14 @@ BKD_START = {"cifar10": 0.8}  # the share of epochs before BKD's weights act the
 
 # ---- 3 training
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides the numbers of a run; its digest ends the run folder's name."""
-    dataset: str
-    data: str  # digest of the images and targets
-    imb: float
-    imb_type: str
-    subset_seed: int
-    method: str
-    hyper: dict[str, float]  # of the loss
-    network: str
-    head: str
-    teachers: list[dict]  # of each: network, method, head, colour, and its seed or file's digest
-    seed: int
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    precision: str
-    colour: bool  # whether SimCLR's colour distortion is added, as for half of CBD's teachers
+# Everything that decides the numbers of a run; a digest of it ends the run folder's name. data is a
+# digest of the images and targets, hyper holds the loss's hyperparameters, teachers the network,
+# method, head, colour and seed (or the file's digest) of each teacher. colour says whether SimCLR's
+# colour distortion is added to the augmentation, as it is for half of CBD's teachers.
+Config = make_dataclass("Config", [
+    "dataset", "data", "imb", "imb_type", "subset_seed", "method", "hyper", "network", "head",
+    "teachers", "seed", "epochs", "batch_size", "lr", "weight_decay", "precision", "colour",
+], frozen=True)
 
 def learning_rate(epoch, epochs, base):
     """In epoch 0 .. epochs-1: five epochs up to base, x0.01 from 80 %, x0.0001 from 90 %."""
@@ -441,10 +426,7 @@ def class_means(model, data, device, precision):
 GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # by training images
 
 def evaluate(model, data, device, precision):
-    """Test accuracies in %: top1 over all images; many, medium, few as means over their classes.
-
-    None stands for a group without classes and, in per_class, for a class without test images.
-    """
+    """Test accuracies in %: top1; many, medium, few as means over their classes, None: no class."""
     targets, counts = data.test_targets, data.class_counts
     labels = predict(model, data.test_images, device, precision).logits.argmax(dim=1).cpu()
     hits = torch.bincount(targets[labels == targets], minlength=len(counts)).tolist()
@@ -480,10 +462,10 @@ def train(config, data, teachers, folder, device, eval_every):
                      f"--alpha; {folder} keeps the checkpoint of the epoch before, if any")
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, config.epochs, config.lr)}
         row |= {"loss": loss, "train_top1": 100 * trainer.correct.item() / images}
+        row |= {"images_per_second": images_per_second}
         if epoch + 1 == config.epochs or (epoch + 1) % eval_every == 0:
             scores = evaluate(trainer.student, data, device, config.precision)
             row |= {key: scores[key] for key in ("top1", *GROUPS)}
-        row["images_per_second"] = images_per_second
         seconds = time.perf_counter() - started
         minutes_left = seconds / 60 / (epoch + 1 - done) * (config.epochs - epoch - 1)
         shown = "".join(f"{spread([row.get(key)]):>9}" for key in ("train_top1", "top1", *GROUPS))
@@ -530,12 +512,14 @@ def run(config, data, args, device, role="student"):
 def label(config):
     """The method, its networks and what deviates from the defaults."""
     method, values = METHODS[config.method], asdict(config) | config.hyper
-    usual = {"batch_size": 128, "lr": 0.1, "weight_decay": 2e-4, "imb_type": "exp"}
-    usual |= {"subset_seed": 0, "colour": False, "head": method.head} | method.hyper
-    usual |= {"bkd_start": BKD_START.get(config.dataset, 0.0)}
+    flags = ("batch_size", "lr", "weight_decay", "imb_type", "subset_seed")
+    usual = {flag: FLAGS[flag][0] for flag in flags} | {"colour": False, "head": method.head}
+    usual |= method.hyper | {"bkd_start": BKD_START.get(config.dataset, 0.0)}
     parts = [config.method, config.network]
-    parts += [f"from-{t['network']}-{t['method']}" for t in config.teachers[:1]]
-    parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
+    for teacher in config.teachers[:1]:
+        parts += ["from", teacher["network"], teacher["method"]]
+        parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
+        parts += ["given", teacher["checkpoint"]] if "checkpoint" in teacher else []
     parts += [f"{k}{values[k]}" for k in usual if k in values and values[k] != usual[k]]
     return "-".join(parts)
 
@@ -661,13 +645,11 @@ def finished_runs(folders):
             raise InputError(f"{folder}: no finished run there (no result.json)")
         for path in map(Path.resolve, paths):
             result = read(path)
-            config = result["config"]
-            setting = (f"{config.dataset}, imb {config.imb:g}, {config.epochs} epochs, "
-                       f"{config.precision}, images {config.data}")
-            row = " ".join([label(config), *(t.get("checkpoint", "") for t in config.teachers)])
+            c = result["config"]
+            setting = f"{c.dataset}, imb {c.imb:g}, {c.epochs} epochs, {c.precision}, data {c.data}"
+            place = c.network, order.index(c.method), label(c)
             lines = map(json.loads, path.with_name("log.jsonl").read_text().splitlines()[1:])
             result["tests"] = {line["epoch"]: line["top1"] for line in lines if "top1" in line}
-            place = config.network, order.index(config.method), row.strip()
             settings.setdefault(setting, {}).setdefault(place, {})[path] = result  # once a path
     return {setting: {place[2]: list(rows[place].values()) for place in sorted(rows)}
             for setting, rows in sorted(settings.items())}
@@ -690,15 +672,12 @@ def plot(file, folders):
     if Path(file).suffix not in (".png", ".svg"):
         raise InputError(f"--plot {file}: the name must end in .png or .svg")
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     settings = finished_runs(folders)
-    size = {"figsize": (13, 5.5 * len(settings)), "layout": "constrained", "squeeze": False}
-    figure, axes = pyplot.subplots(len(settings), 2, **size)
+    figure = Figure(figsize=(13, 5.5 * len(settings)), layout="constrained")
+    axes = figure.subplots(len(settings), 2, squeeze=False)
     for (left, right), (setting, rows) in zip(axes, settings.items(), strict=True):
         for i, (row, results) in enumerate(rows.items()):
             style = {"label": f"{row}, n = {len(results)}", "marker": "osv^Dx*P"[i % 8]}
@@ -706,8 +685,8 @@ def plot(file, folders):
             epochs = sorted({epoch for result in results for epoch in result["tests"]})
             tests = [mean([result["tests"].get(e) for result in results]) for e in epochs]
             right.plot(epochs, tests, markevery=0.1, **style)
-        left.set(title=setting, xlabel="20 parts of the classes, most training images first",
-                 ylabel="test accuracy in %", ylim=(0, None))
+        left.set(title=setting, xlabel="20 parts of the classes, most training images first")
+        left.set(ylabel="test accuracy in %", ylim=(0, None))
         right.set(xlabel="epoch", ylabel="top-1 test accuracy in %, mean over seeds")
         right.legend(fontsize=8)
     figure.suptitle("krdistill is our reconstruction", fontsize=8)
@@ -715,9 +694,6 @@ def plot(file, folders):
     print(f"plot     {file}")
 
 # ---- 6 command line
-
-SMOKE = {"dataset": "synthetic", "student": "resnet8", "teacher": "resnet8", "epochs": 8,
-         "batch_size": 64, "runs_dir": "runs/smoke"}
 
 def number(kind, low, high=1e9):
     """An argparse type: an int or float from low to high, both included."""
@@ -728,6 +704,37 @@ def number(kind, low, high=1e9):
         return value
     return parse
 
+COUNT, WEIGHT, SEED = number(int, 1), number(float, 0), number(int, 0, 2**32 - 1)
+FLAGS = {  # name: default, type or choices, help
+    "method": ("bkd", METHODS, "see below"),
+    "dataset": ("cifar100", str, "or cifar10, synthetic, FILE.npz: x_train, x_test (uint8), y_..."),
+    "imb": (100.0, number(float, 1), "images of the largest class over those of the smallest"),
+    "imb_type": ("exp", ("exp", "step"), "how the classes shrink"),
+    "subset_seed": (0, SEED, "which images are kept; 0: the published ones"),
+    "student": ("resnet32", NETWORKS, "the network that is distilled, or trained alone"),
+    "teacher": (None, NETWORKS, "resnet32, unless given"),
+    "teacher_method": (None, ("ce", "bsce"), "ce, but for dive bsce, unless given"),
+    "num_teachers": (None, COUNT, "cbd: 1, unless given; half of them see distorted colours"),
+    "seed": (0, SEED, "of all that is random"),
+    "epochs": (200, COUNT, "of teacher and student, as are the next three"),
+    "batch_size": (128, COUNT, "images in a step"),
+    "lr": (0.1, number(float, 1e-6), "the highest learning rate"),
+    "weight_decay": (2e-4, WEIGHT, "on all parameters"),
+    "temperature": (None, number(float, 1e-3), "softens the probabilities of KL_T"),
+    "alpha": (None, WEIGHT, "weight of distillation; krdistill: of L_LRD"),
+    "beta": (None, WEIGHT, "bkd: of the effective numbers; cbd: of the features"),
+    "gamma": (None, WEIGHT, "krdistill (our reconstruction): of L_RRD"),
+    "power": (None, WEIGHT, "dive: flattens the teacher's probabilities"),
+    "bkd_start": (None, number(float, 0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
+    "device": ("auto", ("auto", "cpu", "cuda"), "a GPU, if there is one"),
+    "precision": ("auto", ("auto", "fp32", "bf16"), "bf16, where the hardware has it"),
+    "eval_every": (None, COUNT, "epochs between tests: 1, on a CPU 5, unless given"),
+    "data_dir": ("data", str, "where CIFAR is, or is downloaded to"),
+    "runs_dir": ("runs", str, "where runs are kept"),
+}
+SMOKE = {"dataset": "synthetic", "student": "resnet8", "epochs": 8, "batch_size": 64,
+         "runs_dir": "runs/smoke"}  # and resnet8 as the teacher
+
 def parse_flags(argv):
     methods = ["methods: their losses, and the defaults of their own flags"]
     for name, method in METHODS.items():
@@ -737,60 +744,32 @@ def parse_flags(argv):
         prog="kd_lt.py", epilog="\n".join(methods), allow_abbrev=False, usage="%(prog)s [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
         description="Train a teacher, distil a student on long-tailed data, report its accuracy.")
-    count, weight, seed = number(int, 1), number(float, 0), number(int, 0, 2**32 - 1)
+    for name, (default, kind, text) in FLAGS.items():
+        text += "" if default is None else f"; default {default}"
+        values = {"type": kind, "metavar": "X"} if callable(kind) else {"choices": kind}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **values)
     add = parser.add_argument
-    add("--method", choices=METHODS, default="bkd", help="default %(default)s; see below")
-    add("--dataset", default="cifar100", metavar="NAME", help="cifar100 (default), cifar10, "
-        "synthetic or FILE.npz with x_train, x_test (uint8, square), y_train, y_test")
-    add("--imb", default=100.0, type=number(float, 1), metavar="X", help="training images of the "
-        "largest class over those of the smallest; default %(default)g")
-    add("--imb-type", default="exp", choices=("exp", "step"), help="default %(default)s")
-    add("--subset-seed", default=0, type=seed, metavar="N", help="default 0, the published images")
-    add("--student", default="resnet32", choices=NETWORKS, metavar="NETWORK",
-        help=f"default %(default)s; one of {', '.join(NETWORKS)}")
-    add("--teacher", choices=NETWORKS, metavar="NETWORK", help="default resnet32")
-    add("--teacher-method", choices=("ce", "bsce"), help="default ce, with dive bsce")
     add("--teacher-checkpoint", nargs="+", metavar="PATH", help="run folders, instead of training")
-    add("--num-teachers", type=count, metavar="K", help="cbd: half of them see distorted colours")
-    add("--seed", default=0, type=seed, metavar="N", help="of all that is random; default 0")
-    add("--epochs", default=200, type=count, metavar="N", help="default %(default)s")
-    add("--batch-size", default=128, type=count, metavar="N", help="default %(default)s")
-    add("--lr", default=0.1, type=number(float, 1e-6), metavar="X", help="default %(default)s")
-    add("--weight-decay", default=2e-4, type=weight, metavar="X", help="default %(default)s")
-    add("--temperature", type=number(float, 1e-3), metavar="X", help="softens the probabilities")
-    add("--alpha", type=weight, metavar="X", help="weight of distillation; krdistill: of L_LRD")
-    add("--beta", type=weight, metavar="X", help="bkd: of effective numbers; cbd: of the features")
-    add("--gamma", type=weight, metavar="X", help="krdistill (our reconstruction): of L_RRD")
-    add("--power", type=weight, metavar="X", help="dive: flattens the teacher's probabilities")
-    add("--bkd-start", type=number(float, 0, 1), metavar="X", help="bkd: share of the epochs before"
-        " its weights act; on cifar10 0.8, as in its code")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default %(default)s")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default bf16, where "
-        "the hardware has it")
-    add("--eval-every", type=count, metavar="N", help="epochs between tests; default 1, on a CPU 5")
-    add("--data-dir", default="data", metavar="DIR", help="CIFAR is, or goes, here; default data")
-    add("--runs-dir", default="runs", metavar="DIR", help="default %(default)s")
-    add("--smoke", action="store_true", help="a run of seconds, by other defaults: "
-        + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in SMOKE.items()))
+    add("--smoke", action="store_true", help=f"a run of seconds, with other defaults: {SMOKE}")
     add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown; default runs")
     add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs, .png or .svg")
     if "--smoke" in (sys.argv if argv is None else argv):
-        parser.set_defaults(**SMOKE | {"teacher": None})
+        parser.set_defaults(**SMOKE)
     args = parser.parse_args(argv)
     refuse_ignored(parser, args)
     return args
 
 def refuse_ignored(parser, args):
     """A flag that the method would ignore is an error, because it would spoil an experiment."""
-    method, given = METHODS[args.method], {key for key, v in vars(args).items() if v is not None}
-    taught = {"teacher", "teacher_method", "num_teachers", "teacher_checkpoint"}
-    ignored = taught.union(*(other.hyper for other in METHODS.values())) - method.hyper.keys()
-    if method.teacher:
-        ignored -= {"teacher_checkpoint"} if args.teacher_checkpoint else taught
-        ignored |= {"num_teachers"} if args.method != "cbd" else set()
-    for key in sorted(ignored & given):
-        beside = " --teacher-checkpoint" * bool(method.teacher and args.teacher_checkpoint)
-        parser.error(f"--{key.replace('_', '-')} does nothing with --method {args.method}{beside}")
+    method, taught = METHODS[args.method], {"teacher", "teacher_method", "num_teachers"}
+    ignored = {key for other in METHODS.values() for key in other.hyper} - method.hyper.keys()
+    ignored |= {"num_teachers"} if args.method != "cbd" else set()
+    ignored |= taught if args.teacher_checkpoint or not method.teacher else set()
+    ignored |= {"teacher_checkpoint"} if not method.teacher else set()
+    for key in sorted(ignored):
+        if getattr(args, key) is not None:
+            parser.error(f"--{key.replace('_', '-')} does nothing with --method {args.method}"
+                         + " --teacher-checkpoint" * bool(args.teacher_checkpoint))
     if len(args.teacher_checkpoint or []) > 1 and args.method != "cbd":
         parser.error("--teacher-checkpoint: only --method cbd takes several teachers")
     for name, key, high in (("bkd", "beta", 0.9999999), ("cbd", "alpha", 1), ("dive", "alpha", 1)):
@@ -810,7 +789,7 @@ def make_config(args, data, precision):
                               "teachers": [], "precision": precision, "colour": False})
     if args.teacher_checkpoint:
         return replace(config, teachers=[given_teacher(p, config) for p in args.teacher_checkpoint])
-    teacher = {"network": args.teacher or (SMOKE["teacher"] if args.smoke else "resnet32"),
+    teacher = {"network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
                "method": args.teacher_method or method.teacher, "head": method.head}
     total, teachers = (args.num_teachers or 1) if method.teacher else 0, []
     for k in range(total):  # other seeds than the student's, or it would start as its teacher did
@@ -818,37 +797,36 @@ def make_config(args, data, precision):
         teachers.append(teacher | {"seed": seed, "colour": colour})
     return replace(config, teachers=teachers)
 
-def describe(device):
-    """The device and the torch version, as run folders and reports show them."""
-    cpu = f"CPU with {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return f"{name}, torch {torch.__version__}"
-
 def choose_device(args):
     """The device and the precision of this run; what is asked for and is not there is an error."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device != "cpu" and not cuda:
+        reason = "torch sees no GPU"
         try:
             torch.cuda.init()
-            reason = "torch sees no GPU"
         except (AssertionError, RuntimeError) as error:
             reason = str(error).split("\n")[0]
         if args.device == "cuda":
             raise InputError(f"--device cuda: {reason}")
         if any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")):
-            print(f"warning  there is an NVIDIA driver, but torch cannot use it ({reason}): the run"
-                  " is on the CPU, many times slower. Update the driver, or install a torch build "
-                  "that fits it; --device cpu silences this line", file=sys.stderr)
+            print(f"warning  on the CPU, many times slower: torch cannot use this NVIDIA driver. "
+                  f"Update it or install a torch that fits ({reason})", file=sys.stderr)
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         torch.backends.cudnn.benchmark = True
         if args.precision == "bf16" and not has_bf16:
-            raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has none, because "
-                             "its compute capability is below 8.0; use fp32")
+            raise InputError("--precision bf16: this GPU is below compute capability 8.0; use fp32")
     precision = {"auto": "bf16" if has_bf16 else "fp32"}.get(args.precision, args.precision)
     torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
     return torch.device("cuda" if cuda else "cpu"), precision
+
+def describe(device):
+    """The device and the torch version, as run folders and reports show them."""
+    name = f"CPU with {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__}"
 
 def train_and_report(args):
     device, precision = choose_device(args)
@@ -867,9 +845,6 @@ def train_and_report(args):
     print_rows(rows | {label(config): [result]})
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without block characters still gets text
-            stream.reconfigure(errors="replace")
     args = parse_flags(argv)
     try:
         if args.plot:
@@ -895,4 +870,5 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without block characters still gets text
     sys.exit(main())

@@ -28,11 +28,9 @@ NETWORKS = {  # name: (layers, stem channels, channels of the three stages, shor
     **{f"resnet{n}x4": (n, 32, (64, 128, 256), "conv") for n in (8, 32)},
 }
 
-
 class Output(NamedTuple):
     logits: Tensor  # (B, C)
     features: Tensor  # (B, D), what the classifier sees
-
 
 class BasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int, shortcut: str):
@@ -57,7 +55,6 @@ class BasicBlock(nn.Module):
             x = F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
         return F.relu(out + x)
 
-
 class CosineClassifier(nn.Module):
     """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it."""
 
@@ -70,11 +67,9 @@ class CosineClassifier(nn.Module):
         # rows of the weight are classes: normalise over D, never over C
         return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
-
 def ignore_batch_counters(model: nn.Module, keys: NamedTuple) -> None:
     """Let load_state_dict pass over the counters of other BatchNorms, as older checkpoints have."""
     keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if "num_batches_tracked" not in k]
-
 
 class ResNet(nn.Module):
     def __init__(self, layers, stem, channels, shortcut, num_classes, head, projection=None):
@@ -107,7 +102,6 @@ class ResNet(nn.Module):
             if self.projection is not None:  # CBD's student: s = ReLU(W f + b)
                 features = F.relu(self.projection(features))
             return Output(self.head(features), features)
-
 
 def build_model(name: str, num_classes: int, head: str = "linear",
                 projection: int | None = None) -> ResNet:
