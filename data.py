@@ -35,6 +35,7 @@ CIFAR_SHA256 = {"cifar10": {  # of the original files, in the order in which the
     "train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b",
     "test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"}}
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+GROUPS = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}  # by training images
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the literature's, for both sets
 
 class InputError(Exception):

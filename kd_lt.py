@@ -5,8 +5,7 @@
     python kd_lt.py --smoke                  the whole way in seconds, on generated images
     python kd_lt.py --method bkd --imb 100   train a teacher, distil the student, report
 
-Read from top to bottom: 1 losses (free functions, made to be copied), 2 the table of methods,
-3 training (one loop for teachers and students), 4 run folders, 5 reports, 6 the command line.
+In this order: 1 losses, to be copied, 2 methods, 3 training, 4 run folders, 5 reports, 6 flags.
 """
 import argparse
 import hashlib
@@ -16,24 +15,21 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import Batches, InputError, load_dataset, lock, normalise, write_json, write_whole
-from models import NETWORKS, Output, ResNet, build_model
+from data import GROUPS, Batches, InputError, load_dataset, lock, write_json, write_whole
+from models import NETWORKS, ResNet, mixed_precision, predict
 
 VERSION = "2.0.0"
 
 # ---- 1 losses
-#
-# B images, C classes, D features; any device and float dtype (cast half precision to float32
-# first, as the training loop does). No gradient reaches the teacher. class_counts, the training
-# images of each class, may be a list, a NumPy array or a tensor. The numbers in a tensor are not
-# checked, because a look at them would stall a GPU.
-
+# B images, C classes, D features; any device and float dtype. No gradient reaches the teacher.
+# class_counts, the training images of each class, may be a list, a NumPy array or a tensor, whose
+# numbers alone are not checked, because a look at them would stall a GPU.
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
             temperature: float = 2.0, alpha: float = 1.0) -> torch.Tensor:
     """KD: CE(z, y) + alpha KL_T(p, z), p the teacher (Hinton et al. 2015, arXiv 1503.02531).
@@ -59,10 +55,9 @@ def effective_number_weights(class_counts: list[float] | torch.Tensor,
     (C,) float64. Raises ValueError for other shapes, counts below 1 and beta outside [0, 1).
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.ndim != 1:
-        raise ValueError(f"class_counts must be C numbers, not of shape {counts.shape}")
-    if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
-        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
+    known = not isinstance(class_counts, torch.Tensor)
+    if counts.ndim != 1 or known and not counts.min() >= 1:
+        raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
     log_beta = math.log(beta) if beta else -math.inf
@@ -74,11 +69,10 @@ def bkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets
              alpha: float = 1.0, beta: float = 0.9999) -> torch.Tensor:
     """BKD: CE(z, y) + alpha KL_T(q, z), q the re-weighted teacher (arXiv 2104.10510, its code).
 
-    q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights. A
-    weight belongs to a class column of q: taken by an image's label, it would cancel in q. KL_T is
-    that of kd_loss. student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64.
-    class_counts: C numbers. Scalar, mean over the batch. Raises ValueError for shapes that do not
-    fit, counts below 1, temperature <= 0 and beta outside [0, 1).
+    q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights by
+    class column: by an image's label they would cancel. KL_T: see kd_loss. student_logits z,
+    teacher_logits: (B, C) float. targets y: (B,) int64. class_counts: C numbers. Scalar, mean over
+    the batch. ValueError: shapes that do not fit, counts < 1, temperature <= 0, beta not in [0, 1).
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -97,31 +91,28 @@ def cbd_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
              alpha: float = 0.4, beta: float = 100.0) -> torch.Tensor:
     """CBD: (1 - alpha) CE(z, y) + alpha beta mean_B(1 - cos(s, t)) (arXiv 2104.05279, its code).
 
-    t joins the features of K teachers, each scaled to length 1. The loss balances no classes: its
-    batches do, in which every class is drawn equally often. student_logits z: (B, C) float.
-    student_features s: (B, D_1 + ... + D_K). teacher_features: K tensors (B, D_k). targets y: (B,)
-    int64. Scalar, mean over the batch. Raises ValueError where the shapes of s and t differ.
+    t joins the features of K teachers, each scaled to length 1. CBD's balance lies in its batches,
+    in which every class is drawn equally often. student_logits z: (B, C) float. student_features s:
+    (B, D_1 + ... + D_K). teacher_features: K tensors (B, D_k). targets y: (B,) int64. Scalar, mean
+    over the batch. Raises ValueError where the shapes of s and t differ.
     """
     t = torch.cat([F.normalize(features.detach(), dim=1) for features in teacher_features], dim=1)
     if student_features.shape != t.shape:
         raise ValueError(f"student_features: {student_features.shape}, teacher_features: {t.shape}")
-    ce = F.cross_entropy(student_logits, targets)
     l_fd = (1 - F.cosine_similarity(student_features, t, dim=1)).mean()
-    return (1 - alpha) * ce + alpha * beta * l_fd
+    return (1 - alpha) * F.cross_entropy(student_logits, targets) + alpha * beta * l_fd
 
 def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
                           class_counts: list[float] | torch.Tensor) -> torch.Tensor:
     """Balanced softmax: CE(z + log pi, y), pi_c = n_c / sum n (Ren et al. 2020, arXiv 2007.10740).
 
-    The class prior pi is added in training alone; a test uses z as it is. logits z: (B, C) float.
-    targets y: (B,) int64. class_counts n: C numbers. Scalar, mean over the batch. Raises ValueError
-    where class_counts are not C numbers of at least 1.
+    In training alone: a test uses z as it is. logits z: (B, C) float. targets y: (B,) int64.
+    class_counts n: C numbers >= 1, or ValueError. Scalar, mean over the batch.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.shape != logits.shape[1:]:
-        raise ValueError(f"class_counts: {counts.shape}, not {logits.shape[1:]}")
-    if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
-        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
+    known = not isinstance(class_counts, torch.Tensor)
+    if counts.shape != logits.shape[1:] or known and not counts.min() >= 1:
+        raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
     log_pi = (counts / counts.sum()).log().to(logits)
     return F.cross_entropy(logits + log_pi, targets)
 
@@ -130,10 +121,9 @@ def dive_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target
               alpha: float = 0.5, power: float = 0.5) -> torch.Tensor:
     """DiVE: (1 - alpha) CE(z + log pi, y) + alpha KL_T(q, z), q flattened (arXiv 2103.15042).
 
-    q_c = p_c^power / sum_j p_j^power, p = softmax(teacher_logits/T), of a teacher trained with
-    balanced_softmax_loss. KL_T is that of kd_loss. student_logits z, teacher_logits: (B, C) float.
-    targets y: (B,) int64. class_counts: C numbers. Scalar, mean over the batch. Raises ValueError
-    for shapes that do not fit, counts below 1 and temperature <= 0.
+    q_c = p_c^power / sum_j p_j^power, p = softmax(teacher_logits/T), of a balanced softmax teacher.
+    KL_T: see kd_loss. student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64.
+    class_counts: C numbers. Scalar, mean over the batch. ValueError: as in kd_loss, counts < 1.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -144,16 +134,12 @@ def dive_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target
     kl = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
     return (1 - alpha) * balanced_softmax_loss(student_logits, targets, class_counts) + alpha * kl
 
-# Of KRDistill (arXiv 2409.07694) we had the abstract alone: the following four functions are our
-# reconstruction of it, not the authors' equations.
-
 def balanced_prototypes(class_means: torch.Tensor) -> torch.Tensor:
     """The arrangement of C classes that favours no direction and is nearest to the teacher's own.
 
     Our reconstruction of the abstract's "balanced category priors": M_c = m_c - mean_c m_c, thin
-    SVD M = U S V^T, P = U V^T, rows scaled to length 1. Where D >= C - 1 it is the simplex ETF, in
-    which any two classes have the cosine -1/(C-1). class_means m: (C, D) float. Returns (C, D).
-    Raises ValueError for another shape and for C = 1.
+    SVD M = U S V^T, P = U V^T, rows scaled to length 1; for D >= C - 1 the simplex ETF, in which
+    all pairs have the cosine -1/(C-1). class_means m: (C, D), C > 1, or ValueError. Returns (C, D).
     """
     if class_means.ndim != 2 or len(class_means) < 2:
         raise ValueError(f"class_means must be (C, D) with C >= 2, not {class_means.shape}")
@@ -186,10 +172,11 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     class_counts n: C numbers. Returns (B, C). Raises ValueError for other shapes, counts below 1.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if (shapes := targets.shape + counts.shape) != teacher_logits.shape:
-        raise ValueError(f"teacher_logits: {teacher_logits.shape}, targets, class_counts: {shapes}")
-    if not isinstance(class_counts, torch.Tensor) and not counts.min() >= 1:
-        raise ValueError(f"class_counts must be at least 1, the smallest is {counts.min():g}")
+    known = not isinstance(class_counts, torch.Tensor)
+    if counts.shape != teacher_logits.shape[1:] or known and not counts.min() >= 1:
+        raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
+    if targets.shape != teacher_logits.shape[:1]:
+        raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
     z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
     true, top = targets[:, None], z.argmax(dim=1, keepdim=True)
     return z.scatter(1, top, z.gather(1, true)).scatter(1, true, z.gather(1, top))
@@ -197,15 +184,15 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
 def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
                    teacher_logits: torch.Tensor, rectified_features: torch.Tensor,
                    targets: torch.Tensor, class_counts: list[float] | torch.Tensor,
-                   temperature: float = 2.0, alpha: float = 1.0,
-                   gamma: float = 2.0) -> torch.Tensor:
-    """KRDistill, our reconstruction: CE(z + log pi, y) + alpha L_LRD + gamma L_RRD (2409.07694).
+                   temperature: float = 2.0, alpha: float = 1.0, gamma: float = 2.0
+                   ) -> torch.Tensor:
+    """KRDistill, our reconstruction: CE(z + log pi, y) + alpha L_LRD + gamma L_RRD.
 
-    L_LRD is the KL_T of kd_loss to the rectify_logits, L_RRD = mean_B(1 - cos(g, r)).
-    student_logits z, teacher_logits: (B, C) float. student_features g: (B, D), mapped linearly to
-    the teacher's width. rectified_features r: (B, D), of rectify_features. targets y: (B,) int64.
-    class_counts: C numbers. Scalar, mean over the batch. Raises ValueError for shapes that do not
-    fit, counts below 1 and temperature <= 0.
+    From the abstract of arXiv 2409.07694, all we had of the paper. L_LRD is the KL_T of kd_loss
+    to the rectify_logits, L_RRD = mean_B(1 - cos(g, r)). student_logits z, teacher_logits: (B, C)
+    float. student_features g: (B, D), mapped linearly to the teacher's width. rectified_features r:
+    (B, D), of rectify_features. targets y: (B,) int64. class_counts: C numbers. Scalar, mean over
+    the batch. ValueError: shapes that do not fit, counts < 1, temperature <= 0.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -222,36 +209,25 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
     return bsce + alpha * l_lrd + gamma * l_rrd
 
 # ---- 2 methods: a new one is a loss above, an entry here and a case in Trainer.loss
-
-@dataclass(frozen=True)
-class Method:
-    loss: object  # the function; --help shows the first line of its docstring
-    hyper: dict[str, float]  # the loss's hyperparameters and their defaults
-    teacher: str = ""  # the method that trains its teacher unless told otherwise; "": no teacher
-    sampler: str = "instance"  # "class": every class is drawn equally often
-    head: str = "linear"  # "cosine": the classifier of teachers and student
-    projects: bool = False  # the student's features to the teachers' total width, if it differs
-    rectifies: bool = False  # needs the teacher's class means, and a linear map to its width
-
+# hyper: the loss's hyperparameters and their defaults. teacher: the method that trains its teacher
+# by default. sampler: "instance" takes each image once an epoch, "class" all classes equally often.
+# head: the classifier of both networks. uses: what of the teacher the loss uses beside the logits.
+Method = make_dataclass("Method", ["hyper", "teacher", "sampler", "head", "uses"], frozen=True)
+SOFT = {"temperature": 2.0, "alpha": 1.0}
 METHODS = {
-    "ce": Method(F.cross_entropy, {}),
-    "bsce": Method(balanced_softmax_loss, {}),
-    "kd": Method(kd_loss, {"temperature": 2.0, "alpha": 1.0}, "ce"),
-    "bkd": Method(bkd_loss, {"temperature": 2.0, "alpha": 1.0, "beta": 0.9999, "bkd_start": 0.0},
-                  "ce"),
-    "cbd": Method(cbd_loss, {"alpha": 0.4, "beta": 100.0}, "ce", "class", "cosine", projects=True),
-    "dive": Method(dive_loss, {"temperature": 2.0, "alpha": 0.5, "power": 0.5}, "bsce"),
-    "krdistill": Method(krdistill_loss, {"temperature": 2.0, "alpha": 1.0, "gamma": 2.0}, "ce",
-                        rectifies=True),
+    "ce": Method({}, "", "instance", "linear", ""),
+    "bsce": Method({}, "", "instance", "linear", ""),
+    "kd": Method(SOFT, "ce", "instance", "linear", ""),
+    "bkd": Method(SOFT | {"beta": 0.9999, "bkd_start": 0.0}, "ce", "instance", "linear", ""),
+    "cbd": Method({"alpha": 0.4, "beta": 100.0}, "ce", "class", "cosine", "features"),
+    "dive": Method(SOFT | {"alpha": 0.5, "power": 0.5}, "bsce", "instance", "linear", ""),
+    "krdistill": Method(SOFT | {"gamma": 2.0}, "ce", "instance", "linear", "class means"),
 }
 BKD_START = {"cifar10": 0.8}  # the share of epochs before BKD's weights act there, as in its code
 
 # ---- 3 training
-
-# Everything that decides the numbers of a run; a digest of it ends the run folder's name. data is a
-# digest of the images and targets, hyper holds the loss's hyperparameters, teachers the network,
-# method, head, colour and seed (or the file's digest) of each teacher. colour says whether SimCLR's
-# colour distortion is added to the augmentation, as it is for half of CBD's teachers.
+# All that decides the numbers of a run; its digest ends the run folder's name. data: digest of the
+# images. colour: SimCLR's distortion. teachers: of each its network, method, head, colour and seed.
 Config = make_dataclass("Config", [
     "dataset", "data", "imb", "imb_type", "subset_seed", "method", "hyper", "network", "head",
     "teachers", "seed", "epochs", "batch_size", "lr", "weight_decay", "precision", "colour",
@@ -260,38 +236,31 @@ Config = make_dataclass("Config", [
 def learning_rate(epoch, epochs, base):
     """In epoch 0 .. epochs-1: five epochs up to base, x0.01 from 80 %, x0.0001 from 90 %."""
     decay = 0.01 if 10 * epoch >= 8 * epochs else 1.0
-    if 10 * epoch >= 9 * epochs:
-        decay = 0.0001
+    decay = 0.0001 if 10 * epoch >= 9 * epochs else decay
     return base * decay * min(1.0, (epoch + 1) / 5)
-
-def mixed_precision(device, precision):
-    """bf16 where precision says so; without the weight cache, which a CUDA graph cannot hold."""
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
 
 class Trainer:
     """A network in training: weights, optimizer, batches and frozen teachers on one device."""
-
     def __init__(self, config, data, teachers, device):
-        self.config, self.teachers, self.device = config, teachers, device
-        method, width = METHODS[config.method], sum(t.num_features for t in teachers)
-        num_classes, own_width = len(data.class_counts), NETWORKS[config.network][2][-1]
+        self.config, self.device = config, device
+        method, num_classes = METHODS[config.method], len(data.class_counts)
+        width, own_width = sum(t.num_features for t in teachers), NETWORKS[config.network][2][-1]
         self.network = {"name": config.network, "num_classes": num_classes, "head": config.head}
-        if method.projects and width != own_width:
+        if method.uses == "features" and width != own_width:
             self.network["projection"] = width
         self.adapter = torch.nn.Identity()
         with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
             torch.manual_seed(config.seed)
-            self.student = build_model(**self.network)
-            if method.rectifies:
+            self.student = ResNet(**self.network)
+            if method.uses == "class means":
                 self.adapter = torch.nn.Linear(own_width, width)
         contiguous = device.type == "cuda" and config.precision == "fp32"  # faster only there
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
-        for teacher in teachers:
-            teacher.eval().requires_grad_(False)
-            for module in teacher.modules():  # what autocast would cast in every step, cast once
-                if isinstance(module, torch.nn.Conv2d) and config.precision == "bf16":
-                    module.bfloat16()
-        for network in (self.student, *teachers):
+        self.teachers = torch.nn.ModuleList(teachers).eval().requires_grad_(False)
+        for module in self.teachers.modules():  # what autocast would cast in every step, cast once
+            if isinstance(module, torch.nn.Conv2d) and config.precision == "bf16":
+                module.bfloat16()
+        for network in (self.student, self.teachers):
             network.to(device, memory_format=self.layout)
         parameters = [*self.student.parameters(), *self.adapter.to(device).parameters()]
         self.lr = torch.tensor(0.0, device=device)  # a tensor: a CUDA graph reads its new value
@@ -305,13 +274,13 @@ class Trainer:
                                config.batch_size, device, method.sampler, config.colour)
         self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
         self.bkd_counts = self.class_counts.clone()
-        if method.rectifies:
+        if method.uses == "class means":
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
             # A teacher trained on z + log pi has no log pi in its z: add what rectify_logits takes.
-            log_pi = (self.class_counts / self.class_counts.sum()).log().float()
             balanced = config.teachers[0]["method"] in ("bsce", "dive", "krdistill")
-            self.missing_log_pi = log_pi if balanced else 0.0
+            shares = self.class_counts / self.class_counts.sum()
+            self.log_pi = shares.log().float() if balanced else 0.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), device=device)
         self.state = [*parameters, *self.student.buffers(), *self.momentum, self.batches.position,
@@ -362,10 +331,9 @@ class Trainer:
             case "dive":
                 return dive_loss(z, teachers[0].logits, targets, counts, **hyper)
             case "krdistill":
-                g, z_t = self.adapter(student.features), teachers[0].logits + self.missing_log_pi
-                means, prototypes = self.class_means, self.prototypes
-                r = rectify_features(teachers[0].features, targets, means, prototypes)
-                return krdistill_loss(z, g, z_t, r, targets, counts, **hyper)
+                g, t = self.adapter(student.features), teachers[0]
+                r = rectify_features(t.features, targets, self.class_means, self.prototypes)
+                return krdistill_loss(z, g, t.logits + self.log_pi, r, targets, counts, **hyper)
 
     @torch.no_grad()
     def capture(self):
@@ -374,12 +342,11 @@ class Trainer:
         A step that waits for the GPU, as one with .item(), print(tensor) or a branch on a tensor in
         its loss, cannot be recorded: a line says where it waits, and step itself is returned.
         """
-        saved, wait = [tensor.clone() for tensor in self.state], None
+        saved = [tensor.clone() for tensor in self.state]
         sizes = sorted(set(self.batches.sizes), reverse=True)  # the smaller reuses the memory
         graphs = {size: torch.cuda.CUDAGraph() for size in sizes}
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        self.student.train()
         with torch.cuda.stream(stream), torch.enable_grad():
             try:
                 for mode in ("default", "default", "error"):  # warm-up; the last forbids waiting
@@ -393,28 +360,18 @@ class Trainer:
                 wait = error.__traceback__  # followed to the last line that is not torch's own
                 while wait.tb_next and torch.__path__[0] not in str(wait.tb_next.tb_frame.f_code):
                     wait = wait.tb_next
+                place = f"{wait.tb_frame.f_code.co_filename}, line {wait.tb_lineno}"
+                print(f"slower   {place}, waits for the GPU: no CUDA graph is used", flush=True)
+                graphs = {}
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(stream)
-        for size in [] if wait else sizes:
-            with torch.cuda.graph(graphs[size], pool, stream), torch.enable_grad():
+        for size, graph in graphs.items():
+            with torch.cuda.graph(graph, pool, stream), torch.enable_grad():
                 self.step(size)
         for tensor, value in zip(self.state, saved, strict=True):
             tensor.copy_(value)
-        if wait:
-            place = f"{wait.tb_frame.f_code.co_filename}, line {wait.tb_lineno}"
-            print(f"slower   {place}, waits for the GPU: no CUDA graph is used", flush=True)
-        return self.step if wait else lambda size: graphs[size].replay()
-
-@torch.no_grad()
-def predict(model, images, device, precision):
-    """Logits (N, C) and features (N, D) of images (N, 3, S, S) uint8, not augmented, eval mode."""
-    model.eval()
-    outputs = []
-    for part in images.split(5000 if device.type == "cuda" else 500):
-        with mixed_precision(device, precision):
-            outputs.append(model(normalise(part.to(device))))
-    return Output(*map(torch.cat, zip(*outputs, strict=True)))
+        return (lambda size: graphs[size].replay()) if graphs else self.step
 
 def class_means(model, data, device, precision):
     """The mean features of each class over its training images, not augmented: (C, D) float32."""
@@ -422,8 +379,6 @@ def class_means(model, data, device, precision):
     sums = features.new_zeros(len(data.class_counts), features.shape[1])
     sums.index_add_(0, data.train_targets.to(device), features)
     return (sums / sums.new_tensor(data.class_counts)[:, None]).float()
-
-GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}  # by training images
 
 def evaluate(model, data, device, precision):
     """Test accuracies in %: top1; many, medium, few as means over their classes, None: no class."""
@@ -433,19 +388,24 @@ def evaluate(model, data, device, precision):
     totals = torch.bincount(targets, minlength=len(counts)).tolist()
     per_class = [100 * hit / n if n else None for hit, n in zip(hits, totals, strict=True)]
     scores = {"top1": 100 * sum(hits) / sum(totals), "per_class": per_class, "class_counts": counts}
-    for group, (low, high) in GROUPS.items():
-        scores[group] = mean(per_class[c] for c, n in enumerate(counts) if low <= n <= high)
-    return scores
+    return scores | {group: mean(per_class[c] for c, n in enumerate(counts) if low <= n <= high)
+                     for group, (low, high) in GROUPS.items()}
 
 def mean(values):
     """The mean of the values that are not None; None where all are."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
+def machine(device):
+    """The device and the torch version, as run folders and reports show them."""
+    name = f"CPU with {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else name
+    return f"{name}, torch {torch.__version__}"
+
 def train(config, data, teachers, folder, device, eval_every):
     """Train to the last epoch, from folder/last.pt if it is there; returns the network's scores."""
     trainer = Trainer(config, data, teachers, device)
-    done, earlier_seconds, devices = resume(trainer, folder)
+    done, earlier, devices = resume(trainer, folder)
     step = trainer.capture() if device.type == "cuda" else trainer.step  # replayed from a graph
     data = data._replace(test_images=data.test_images.to(device))
     images, scores, started = len(data.train_targets), None, time.perf_counter()
@@ -455,28 +415,26 @@ def train(config, data, teachers, folder, device, eval_every):
         trainer.start_epoch(epoch)
         for size in trainer.batches.sizes:
             step(size)
-        loss = trainer.loss_sum.item() / images  # the first wait for the device in this epoch
-        images_per_second = round(images / (time.perf_counter() - began))
-        if not math.isfinite(loss):
-            sys.exit(f"kd_lt.py: the loss is {loss} in epoch {epoch + 1}: try a smaller --lr or "
-                     f"--alpha; {folder} keeps the checkpoint of the epoch before, if any")
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, config.epochs, config.lr)}
-        row |= {"loss": loss, "train_top1": 100 * trainer.correct.item() / images}
-        row |= {"images_per_second": images_per_second}
+        row["loss"] = trainer.loss_sum.item() / images  # the first wait for the device in an epoch
+        row["train_top1"] = 100 * trainer.correct.item() / images
+        row["images_per_second"] = round(images / (time.perf_counter() - began))
+        if not math.isfinite(row["loss"]):
+            sys.exit(f"kd_lt.py: the loss is {row['loss']} in epoch {epoch + 1}: try a smaller --lr"
+                     f" or --alpha; {folder} keeps the checkpoint of the epoch before, if any")
         if epoch + 1 == config.epochs or (epoch + 1) % eval_every == 0:
             scores = evaluate(trainer.student, data, device, config.precision)
             row |= {key: scores[key] for key in ("top1", *GROUPS)}
         seconds = time.perf_counter() - started
         minutes_left = seconds / 60 / (epoch + 1 - done) * (config.epochs - epoch - 1)
         shown = "".join(f"{spread([row.get(key)]):>9}" for key in ("train_top1", "top1", *GROUPS))
-        print(f"{epoch + 1:>5}/{config.epochs:<3}{row['lr']:>8g}{loss:>9.4f}{shown}"
-              f"{images_per_second:>8}{minutes_left:>4.0f} min", flush=True)
+        print(f"{epoch + 1:>5}/{config.epochs:<3}{row['lr']:>8g}{row['loss']:>9.4f}{shown}"
+              f"{row['images_per_second']:>8}{minutes_left:>4.0f} min", flush=True)
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
-        save(trainer, folder, epoch + 1, earlier_seconds + seconds, devices)
+        save(trainer, folder, epoch + 1, earlier + seconds, devices)
     scores = scores or evaluate(trainer.student, data, device, config.precision)
-    seconds = earlier_seconds + time.perf_counter() - started
-    return scores | {"seconds": seconds, "devices": devices}
+    return scores | {"seconds": earlier + time.perf_counter() - started, "devices": devices}
 
 def run(config, data, args, device, role="student"):
     """The folder of a run: it is finished, or is trained now, its teachers before it."""
@@ -489,18 +447,15 @@ def run(config, data, args, device, role="student"):
         if not (folder / "config.json").exists():
             versions = {"kd_lt": VERSION, "python": sys.version, "torch": torch.__version__}
             about = {"settings": asdict(config), "command": " ".join(sys.argv)}
-            about |= {"versions": versions, "device": describe(device)}
+            about |= {"versions": versions, "device": machine(device)}
             write_json(folder / "config.json", about)
-        teachers, results = [], []
-        for i, teacher in enumerate(config.teachers):
-            if args.teacher_checkpoint:
-                path = args.teacher_checkpoint[i]
-            else:
-                teacher_config = replace(config, hyper={}, teachers=[], **teacher)
-                path = run(teacher_config, data, args, device, role="teacher")
-            teachers.append(load_run(path, device))
-            scores = evaluate(teachers[-1], data, device, config.precision)
-            results.append({"network": teacher["network"], "method": teacher["method"]} | scores)
+        paths = args.teacher_checkpoint or [
+            run(replace(config, hyper={}, teachers=[], **teacher), data, args, device, "teacher")
+            for teacher in config.teachers]
+        teachers = [load_run(path, device) for path in paths]
+        results = [{"network": known["network"], "method": known["method"]}
+                   | evaluate(teacher, data, device, config.precision)
+                   for known, teacher in zip(config.teachers, teachers, strict=True)]
         print(f"{what}, {config.epochs} epochs, in {folder}", flush=True)
         result = {"settings": asdict(config), "version": VERSION, "teachers": results}
         result |= train(config, data, teachers, folder, device, args.eval_every)
@@ -508,7 +463,6 @@ def run(config, data, args, device, role="student"):
         return folder
 
 # ---- 4 run folders: config.json, log.jsonl, last.pt, result.json
-
 def label(config):
     """The method, its networks and what deviates from the defaults."""
     method, values = METHODS[config.method], asdict(config) | config.hyper
@@ -540,35 +494,34 @@ def save(trainer, folder, epoch, seconds, devices):
     write_whole(folder / "last.pt", buffer.getvalue())
 
 def read(path):
-    """A result.json or last.pt of this program; "config" is its Config. Runs no code from it."""
+    """A result.json, last.pt or folder of one; "config" is its Config. Runs no code from it."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content["config"] = Config(**content["settings"])
+        content |= {"config": Config(**content["settings"]), "file": path}
         METHODS[content["config"].method]
         return content
     except Exception as error:  # a missing or damaged file makes torch.load raise a dozen types
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{path}: not a whole file of this version of kd_lt.py; move it away, or "
-                         f"name another ({reason:.150})") from None
+        raise InputError(f"{path}: not a whole file of this version of kd_lt.py; move it away or "
+                         f"name another ({error!r:.150})") from None
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
-    """The trained network of a run folder or its last.pt, float32, in eval mode.
+    """The trained network of a run folder or its last.pt, in eval mode, or InputError.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
-    Raises InputError where there is no whole checkpoint.
     """
-    content = read(Path(path) / "last.pt" if Path(path).is_dir() else Path(path))
+    content = read(path)
     with torch.random.fork_rng(devices=[]):
-        model = build_model(**content["network"])
+        model = ResNet(**content["network"])
     model.load_state_dict(content["student"])
     return model.eval().to(device, memory_format=torch.channels_last)
 
 def resume(trainer, folder):
     """Load folder/last.pt if it is there; returns epochs done, seconds spent and devices used."""
-    log, here = folder / "log.jsonl", describe(trainer.device)
+    log, here = folder / "log.jsonl", machine(trainer.device)
     if not (folder / "last.pt").exists():
         write_whole(log, (json.dumps({"command": " ".join(sys.argv)}) + "\n").encode())
         return 0, 0.0, [here]
@@ -585,8 +538,7 @@ def resume(trainer, folder):
 
 def given_teacher(path, config):
     """What a --teacher-checkpoint is, after a check that it fits the student's data and head."""
-    file = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    content = read(file)
+    content = read(path)
     teacher, problem = content["config"], ""
     for key in ("dataset", "imb", "imb_type", "subset_seed", "data", "head"):
         if getattr(teacher, key) != getattr(config, key):
@@ -598,10 +550,9 @@ def given_teacher(path, config):
     if problem:
         raise InputError(f"--teacher-checkpoint {path}: {problem}")
     identity = {key: getattr(teacher, key) for key in ("network", "method", "head", "colour")}
-    return identity | {"checkpoint": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
+    return identity | {"checkpoint": hashlib.sha256(content["file"].read_bytes()).hexdigest()[:16]}
 
 # ---- 5 reports
-
 def spread(values):
     """Mean ± sample standard deviation of the values that are not None; "-" where all are."""
     known = [value for value in values if value is not None]
@@ -610,12 +561,11 @@ def spread(values):
 
 def head_to_tail(results, parts):
     """The classes in parts, most training images first: images and mean accuracy of each part."""
-    counts, images, means = results[0]["class_counts"], [], []
+    counts = results[0]["class_counts"]
     ranked = torch.tensor(counts).argsort(descending=True, stable=True)
-    for part in ranked.tensor_split(min(parts, len(counts))):
-        images.append(sum(counts[c] for c in part))
-        means.append(mean([result["per_class"][c] for result in results for c in part]))
-    return images, means
+    split = ranked.tensor_split(min(parts, len(counts)))
+    means = [mean(r["per_class"][c] for r in results for c in part) for part in split]
+    return [sum(counts[c] for c in part) for part in split], means
 
 def print_rows(rows):
     """Markdown of the results of each name: a table of means, then bars from head to tail."""
@@ -646,12 +596,13 @@ def finished_runs(folders):
         for path in map(Path.resolve, paths):
             result = read(path)
             c = result["config"]
-            setting = f"{c.dataset}, imb {c.imb:g}, {c.epochs} epochs, {c.precision}, data {c.data}"
-            place = c.network, order.index(c.method), label(c)
+            setting = (f"{c.dataset} ({c.data}), imb {c.imb:g}, {c.network}, {c.epochs} epochs, "
+                       f"{c.precision}")
+            place = order.index(c.method), label(c).replace(f"-{c.network}", "", 1)
             lines = map(json.loads, path.with_name("log.jsonl").read_text().splitlines()[1:])
             result["tests"] = {line["epoch"]: line["top1"] for line in lines if "top1" in line}
             settings.setdefault(setting, {}).setdefault(place, {})[path] = result  # once a path
-    return {setting: {place[2]: list(rows[place].values()) for place in sorted(rows)}
+    return {setting: {place[1]: list(rows[place].values()) for place in sorted(rows)}
             for setting, rows in sorted(settings.items())}
 
 def table(folders):
@@ -662,13 +613,12 @@ def table(folders):
         print(f"**{setting}**; {'; '.join(sorted(made))}. Test accuracy in % after the last epoch, "
               "mean ± sample standard deviation over n seeds. krdistill is our reconstruction.\n")
         print_rows(rows)
-        best = [f"{row} {spread([max(r['tests'].values()) for r in results])}"
-                for row, results in rows.items()]
-        print("Best test epoch instead of the last, which is chosen on the test set and stands "
-              f"here only beside published numbers that are chosen so: {', '.join(best)}.\n")
+        best = {row: [max(r["tests"].values()) for r in results] for row, results in rows.items()}
+        print("Best test epoch instead of the last (chosen on the test set, only to compare with "
+              f"such numbers): {', '.join(f'{row} {spread(best[row])}' for row in best)}.\n")
 
 def plot(file, folders):
-    """Draw accuracy from head to tail and over the epochs, a line a method, as .png or .svg."""
+    """Draw accuracy from head to tail, a line a method, as .png or .svg."""
     if Path(file).suffix not in (".png", ".svg"):
         raise InputError(f"--plot {file}: the name must end in .png or .svg")
     try:
@@ -676,112 +626,97 @@ def plot(file, folders):
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     settings = finished_runs(folders)
-    figure = Figure(figsize=(13, 5.5 * len(settings)), layout="constrained")
-    axes = figure.subplots(len(settings), 2, squeeze=False)
-    for (left, right), (setting, rows) in zip(axes, settings.items(), strict=True):
+    figure = Figure(figsize=(9, 5.5 * len(settings)), layout="constrained")
+    axes = figure.subplots(len(settings), squeeze=False)
+    for (axis,), (setting, rows) in zip(axes, settings.items(), strict=True):
         for i, (row, results) in enumerate(rows.items()):
-            style = {"label": f"{row}, n = {len(results)}", "marker": "osv^Dx*P"[i % 8]}
-            left.plot(head_to_tail(results, 20)[1], **style)
-            epochs = sorted({epoch for result in results for epoch in result["tests"]})
-            tests = [mean([result["tests"].get(e) for result in results]) for e in epochs]
-            right.plot(epochs, tests, markevery=0.1, **style)
-        left.set(title=setting, xlabel="20 parts of the classes, most training images first")
-        left.set(ylabel="test accuracy in %", ylim=(0, None))
-        right.set(xlabel="epoch", ylabel="top-1 test accuracy in %, mean over seeds")
-        right.legend(fontsize=8)
-    figure.suptitle("krdistill is our reconstruction", fontsize=8)
+            means = head_to_tail(results, 20)[1]
+            axis.plot(means, marker="osv^Dx*P"[i % 8], label=f"{row}, n = {len(results)}")
+        axis.set(title=setting, xlabel="20 parts of the classes, most training images first",
+                 ylabel="test accuracy in %, mean over seeds", ylim=(0, None))
+        axis.legend(fontsize=8, title="krdistill is our reconstruction")
     figure.savefig(file, dpi=150)
     print(f"plot     {file}")
 
-# ---- 6 command line
-
-def number(kind, low, high=1e9):
-    """An argparse type: an int or float from low to high, both included."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} .. {high:g}")
-        return value
-    return parse
-
-COUNT, WEIGHT, SEED = number(int, 1), number(float, 0), number(int, 0, 2**32 - 1)
-FLAGS = {  # name: default, type or choices, help
-    "method": ("bkd", METHODS, "see below"),
-    "dataset": ("cifar100", str, "or cifar10, synthetic, FILE.npz: x_train, x_test (uint8), y_..."),
-    "imb": (100.0, number(float, 1), "images of the largest class over those of the smallest"),
-    "imb_type": ("exp", ("exp", "step"), "how the classes shrink"),
-    "subset_seed": (0, SEED, "which images are kept; 0: the published ones"),
-    "student": ("resnet32", NETWORKS, "the network that is distilled, or trained alone"),
-    "teacher": (None, NETWORKS, "resnet32, unless given"),
-    "teacher_method": (None, ("ce", "bsce"), "ce, but for dive bsce, unless given"),
-    "num_teachers": (None, COUNT, "cbd: 1, unless given; half of them see distorted colours"),
-    "seed": (0, SEED, "of all that is random"),
-    "epochs": (200, COUNT, "of teacher and student, as are the next three"),
-    "batch_size": (128, COUNT, "images in a step"),
-    "lr": (0.1, number(float, 1e-6), "the highest learning rate"),
-    "weight_decay": (2e-4, WEIGHT, "on all parameters"),
-    "temperature": (None, number(float, 1e-3), "softens the probabilities of KL_T"),
-    "alpha": (None, WEIGHT, "weight of distillation; krdistill: of L_LRD"),
-    "beta": (None, WEIGHT, "bkd: of the effective numbers; cbd: of the features"),
-    "gamma": (None, WEIGHT, "krdistill (our reconstruction): of L_RRD"),
-    "power": (None, WEIGHT, "dive: flattens the teacher's probabilities"),
-    "bkd_start": (None, number(float, 0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
-    "device": ("auto", ("auto", "cpu", "cuda"), "a GPU, if there is one"),
-    "precision": ("auto", ("auto", "fp32", "bf16"), "bf16, where the hardware has it"),
-    "eval_every": (None, COUNT, "epochs between tests: 1, on a CPU 5, unless given"),
-    "data_dir": ("data", str, "where CIFAR is, or is downloaded to"),
-    "runs_dir": ("runs", str, "where runs are kept"),
+# ---- 6 flags
+COUNT, WEIGHT, SEED = (1, 1e9), (0, 1e9), (0, 2**32 - 1)
+FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
+    "method": ("bkd", str, METHODS, "see below"),
+    "dataset": ("cifar100", str, None, "or cifar10, synthetic, FILE.npz: x_train (uint8), y_..."),
+    "imb": (100.0, float, (1, 1e9), "images of the largest class over those of the smallest"),
+    "imb_type": ("exp", str, ("exp", "step"), "how the classes shrink"),
+    "subset_seed": (0, int, SEED, "which images are kept; 0: the published ones"),
+    "student": ("resnet32", str, NETWORKS, "the network that is distilled, or trained alone"),
+    "teacher": (None, str, NETWORKS, "resnet32, unless given"),
+    "teacher_method": (None, str, ("ce", "bsce"), "ce, but for dive bsce, unless given"),
+    "num_teachers": (None, int, COUNT, "cbd: 1, unless given; half of them see distorted colours"),
+    "seed": (0, int, SEED, "of all that is random"),
+    "epochs": (200, int, COUNT, "of teacher and student, as are the next three"),
+    "batch_size": (128, int, COUNT, "images in a step"),
+    "lr": (0.1, float, (1e-6, 1e9), "the highest learning rate"),
+    "weight_decay": (2e-4, float, WEIGHT, "on all parameters"),
+    "temperature": (None, float, (1e-3, 1e9), "softens the probabilities of KL_T"),
+    "alpha": (None, float, WEIGHT, "weight of distillation; krdistill: of L_LRD"),
+    "beta": (None, float, WEIGHT, "bkd: of the effective numbers; cbd: of the features"),
+    "gamma": (None, float, WEIGHT, "krdistill (our reconstruction): of L_RRD"),
+    "power": (None, float, WEIGHT, "dive: flattens the teacher's probabilities"),
+    "bkd_start": (None, float, (0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
+    "device": ("auto", str, ("auto", "cpu", "cuda"), "a GPU, if there is one"),
+    "precision": ("auto", str, ("auto", "fp32", "bf16"), "bf16, where the hardware has it"),
+    "eval_every": (None, int, COUNT, "epochs between tests: 1, on a CPU 5, unless given"),
+    "data_dir": ("data", str, None, "where CIFAR is, or is downloaded to"),
+    "runs_dir": ("runs", str, None, "where runs are kept"),
 }
-SMOKE = {"dataset": "synthetic", "student": "resnet8", "epochs": 8, "batch_size": 64,
-         "runs_dir": "runs/smoke"}  # and resnet8 as the teacher
+HIGHEST = {("bkd", "beta"): 0.9999999, ("cbd", "alpha"): 1, ("dive", "alpha"): 1}
 
 def parse_flags(argv):
-    methods = ["methods: their losses, and the defaults of their own flags"]
+    lines = ["methods (krdistill is our reconstruction), and the defaults of their own flags:"]
     for name, method in METHODS.items():
-        flags = "".join(f"  --{key.replace('_', '-')} {v}" for key, v in method.hyper.items())
-        methods.append(f"  {name:<10}{method.loss.__doc__.strip().splitlines()[0]}\n{'':10}{flags}")
+        own = (f"--{key.replace('_', '-')} {value}" for key, value in method.hyper.items())
+        lines.append(f"  {name:<10} {'  '.join(own)}")
     parser = argparse.ArgumentParser(
-        prog="kd_lt.py", epilog="\n".join(methods), allow_abbrev=False, usage="%(prog)s [flags]",
+        prog="kd_lt.py", epilog="\n".join(lines), allow_abbrev=False, usage="%(prog)s [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
         description="Train a teacher, distil a student on long-tailed data, report its accuracy.")
-    for name, (default, kind, text) in FLAGS.items():
-        text += "" if default is None else f"; default {default}"
-        values = {"type": kind, "metavar": "X"} if callable(kind) else {"choices": kind}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **values)
     add = parser.add_argument
+    for name, (default, kind, allowed, text) in FLAGS.items():
+        text += "" if default is None else f"; default {default}"
+        values = {"choices": allowed} if kind is str and allowed else {"metavar": "X"}
+        add(f"--{name.replace('_', '-')}", default=default, type=kind, help=text, **values)
     add("--teacher-checkpoint", nargs="+", metavar="PATH", help="run folders, instead of training")
-    add("--smoke", action="store_true", help=f"a run of seconds, with other defaults: {SMOKE}")
+    add("--smoke", action="store_true", help="a run of seconds: made-up images, resnet8, 8 epochs")
     add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown; default runs")
     add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs, .png or .svg")
-    if "--smoke" in (sys.argv if argv is None else argv):
-        parser.set_defaults(**SMOKE)
+    if "--smoke" in argv:  # other defaults; and a resnet8 teaches
+        parser.set_defaults(dataset="synthetic", student="resnet8", epochs=8, batch_size=64,
+                            runs_dir="runs/smoke")
     args = parser.parse_args(argv)
-    refuse_ignored(parser, args)
+    check_flags(parser, args)
     return args
 
-def refuse_ignored(parser, args):
-    """A flag that the method would ignore is an error, because it would spoil an experiment."""
-    method, taught = METHODS[args.method], {"teacher", "teacher_method", "num_teachers"}
+def check_flags(parser, args):
+    """Refuse what is out of range, and what the method ignores: it would spoil an experiment."""
+    method, given = METHODS[args.method], args.teacher_checkpoint or []
     ignored = {key for other in METHODS.values() for key in other.hyper} - method.hyper.keys()
     ignored |= {"num_teachers"} if args.method != "cbd" else set()
-    ignored |= taught if args.teacher_checkpoint or not method.teacher else set()
-    ignored |= {"teacher_checkpoint"} if not method.teacher else set()
-    for key in sorted(ignored):
-        if getattr(args, key) is not None:
-            parser.error(f"--{key.replace('_', '-')} does nothing with --method {args.method}"
-                         + " --teacher-checkpoint" * bool(args.teacher_checkpoint))
-    if len(args.teacher_checkpoint or []) > 1 and args.method != "cbd":
-        parser.error("--teacher-checkpoint: only --method cbd takes several teachers")
-    for name, key, high in (("bkd", "beta", 0.9999999), ("cbd", "alpha", 1), ("dive", "alpha", 1)):
-        if args.method == name and (getattr(args, key) or 0) > high:
-            parser.error(f"--{key}: {name} needs a number of at most {high}")
+    if given or not method.teacher:
+        ignored |= {"teacher", "teacher_method", "num_teachers"}
+    if given and not method.teacher or len(given) > 1 and args.method != "cbd":
+        parser.error(f"--teacher-checkpoint: too many teachers for --method {args.method}")
+    for name, (_, kind, allowed, _) in FLAGS.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if name in ignored and value is not None:
+            parser.error(f"{flag}: leave it out, it does nothing with --method {args.method} here")
+        if kind is not str and value is not None:
+            low, high = allowed[0], HIGHEST.get((args.method, name), allowed[1])
+            if not low <= value <= high:  # true for nan, too
+                parser.error(f"{flag} must lie in {low} .. {high}, not {value}")
 
 def make_config(args, data, precision):
     """The one Config of the flags, every default filled in."""
     method = METHODS[args.method]
-    hyper = dict(method.hyper)
-    if args.method == "bkd":
-        hyper["bkd_start"] = BKD_START.get(args.dataset, 0.0)
+    start = {"bkd_start": BKD_START.get(args.dataset, 0.0)} if args.method == "bkd" else {}
+    hyper = method.hyper | start
     hyper |= {key: getattr(args, key) for key in hyper if getattr(args, key) is not None}
     same = {key: value for key, value in vars(args).items() if key in Config.__annotations__}
     config = Config(**same | {"dataset": Path(args.dataset).name, "data": data.digest,
@@ -791,11 +726,10 @@ def make_config(args, data, precision):
         return replace(config, teachers=[given_teacher(p, config) for p in args.teacher_checkpoint])
     teacher = {"network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
                "method": args.teacher_method or method.teacher, "head": method.head}
-    total, teachers = (args.num_teachers or 1) if method.teacher else 0, []
-    for k in range(total):  # other seeds than the student's, or it would start as its teacher did
-        seed, colour = args.seed + 1000 * (k + 1), k >= total - total // 2
-        teachers.append(teacher | {"seed": seed, "colour": colour})
-    return replace(config, teachers=teachers)
+    total = (args.num_teachers or 1) if method.teacher else 0
+    return replace(config, teachers=[  # of a student's seed, a teacher would start as it does
+        teacher | {"seed": args.seed + 1000 * (k + 1), "colour": k >= total - total // 2}
+        for k in range(total)])
 
 def choose_device(args):
     """The device and the precision of this run; what is asked for and is not there is an error."""
@@ -816,35 +750,27 @@ def choose_device(args):
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         torch.backends.cudnn.benchmark = True
         if args.precision == "bf16" and not has_bf16:
-            raise InputError("--precision bf16: this GPU is below compute capability 8.0; use fp32")
+            raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has none; use fp32")
     precision = {"auto": "bf16" if has_bf16 else "fp32"}.get(args.precision, args.precision)
     torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
     return torch.device("cuda" if cuda else "cpu"), precision
-
-def describe(device):
-    """The device and the torch version, as run folders and reports show them."""
-    name = f"CPU with {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    return f"{name}, torch {torch.__version__}"
 
 def train_and_report(args):
     device, precision = choose_device(args)
     args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
     config, counts = make_config(args, data, precision), data.class_counts
-    groups = ", ".join(f"{sum(low <= n <= high for n in counts)} {group}"
-                       for group, (low, high) in GROUPS.items())
+    groups = {key: sum(low <= n <= high for n in counts) for key, (low, high) in GROUPS.items()}
     print(f"data     {data.name}: {sum(counts):,} training images, {max(counts)}..{min(counts)} a "
-          f"class; {len(counts)} classes: {groups}; {len(data.test_targets):,} test images")
-    print(f"device   {describe(device)}, {precision}\n{config}", flush=True)
+          f"class; classes: {groups}; {len(data.test_targets):,} test images")
+    print(f"device   {machine(device)}, {precision}\n{config}", flush=True)
     folder = run(config, data, args, device)
     result = read(folder / "result.json")
     print(f"result   {folder}, test accuracy in % after the last epoch\n")
     rows = {f"teacher {i + 1}": [teacher] for i, teacher in enumerate(result["teachers"])}
     print_rows(rows | {label(config): [result]})
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     args = parse_flags(argv)
     try:
         if args.plot:
@@ -858,8 +784,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         status, message = 2, str(error)
     except RuntimeError as error:  # of torch, cuBLAS or cuDNN; a failed capture wraps it
-        words = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
-        if not any(word in f"{error} {error.__context__}" for word in words):
+        known = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
+        if not any(text in f"{error} {error.__context__}" for text in known):
             raise
         status, message = 1, f"out of memory with --batch-size {args.batch_size}; try a smaller one"
     except OSError as error:
@@ -871,4 +797,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without block characters still gets text
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

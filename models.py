@@ -13,15 +13,16 @@
     resnet8x4         8                1,210,410     1,233,540        256
     resnet32x4       32                7,410,730     7,433,860        256
 
-The first seven are He et al. 2015 (arXiv 1512.03385), section 4.2: channels 16-32-64, shortcuts
-without parameters ("option A"). The last two are the wide pair of the distillation literature:
-stem 32, channels 64-128-256, 1x1-convolution shortcuts.
+The first seven are He et al. 2015 (arXiv 1512.03385), section 4.2: 16-32-64 channels, "option A"
+shortcuts. The wide pair of the distillation literature: stem 32, 64-128-256, 1x1 convolutions.
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data import normalise
 
 NETWORKS = {  # name: (layers, stem channels, channels of the three stages, shortcut)
     **{f"resnet{n}": (n, 16, (16, 32, 64), "pad") for n in (8, 14, 20, 32, 44, 56, 110)},
@@ -42,8 +43,8 @@ class BasicBlock(nn.Module):
         self.stride, self.extra = stride, channels - channels_in
         self.shortcut = None
         if shortcut == "conv" and (stride != 1 or self.extra):
-            conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False),
+                                          nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -57,23 +58,29 @@ class BasicBlock(nn.Module):
 
 class CosineClassifier(nn.Module):
     """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it."""
-
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        # rows of the weight are classes: normalise over D, never over C
+        # over D, never over C: rows of the weight are classes
         return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
 def ignore_batch_counters(model: nn.Module, keys: NamedTuple) -> None:
-    """Let load_state_dict pass over the counters of other BatchNorms, as older checkpoints have."""
+    """Let load_state_dict pass over BatchNorm's counters, which checkpoints of version 1 have."""
     keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if "num_batches_tracked" not in k]
 
 class ResNet(nn.Module):
-    def __init__(self, layers, stem, channels, shortcut, num_classes, head, projection=None):
+    """A network of NETWORKS, Kaiming-normal from the global generator; head: linear or cosine.
+
+    projection: a width to which linear + ReLU map the pooled vector before the head; 0: none.
+    """
+    def __init__(self, name: str, num_classes: int, head: str = "linear", projection: int = 0):
         super().__init__()
+        if name not in NETWORKS:
+            raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+        layers, stem, channels, shortcut = NETWORKS[name]
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         blocks, width = [], stem
@@ -90,8 +97,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
                 nn.init.kaiming_normal_(module.weight)
-            elif isinstance(module, nn.BatchNorm2d):  # at fixed momentum a counter has no use,
-                module.num_batches_tracked = None  # and costs a kernel in every step
+            elif isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = None  # of no use, and a kernel in every step
         self.register_load_state_dict_post_hook(ignore_batch_counters)
 
     def forward(self, images: Tensor) -> Output:
@@ -103,17 +110,16 @@ class ResNet(nn.Module):
                 features = F.relu(self.projection(features))
             return Output(self.head(features), features)
 
-def build_model(name: str, num_classes: int, head: str = "linear",
-                projection: int | None = None) -> ResNet:
-    """A randomly initialised network (Kaiming-normal, from the global generator).
+def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 where precision says so; without the weight cache, which a CUDA graph cannot hold."""
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
 
-    name: a key of NETWORKS. head: "linear", or "cosine" (scale 20, no bias). projection: a width to
-    which linear + ReLU map the pooled vector before the classifier; None for none. The features
-    that forward returns are the classifier's input, (B, projection) or (B, network's own width).
-    Raises ValueError for an unknown name or head.
-    """
-    if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
-    if head not in ("linear", "cosine"):
-        raise ValueError(f"unknown head {head!r}: choose linear or cosine")
-    return ResNet(*NETWORKS[name], num_classes, head, projection)
+@torch.no_grad()
+def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
+    """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
+    outputs = []
+    model.eval()
+    for part in images.split(5000 if device.type == "cuda" else 500):
+        with mixed_precision(device, precision):
+            outputs.append(model(normalise(part.to(device))))
+    return Output(*map(torch.cat, zip(*outputs, strict=True)))

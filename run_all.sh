@@ -7,14 +7,15 @@
 # by the copy that locks its folder first. Change what it does from the environment:
 #
 #   ./run_all.sh                                                   ResNet-32, 200 epochs, 3 seeds
-#   TEACHER=resnet20 STUDENT=resnet20 EPOCHS=30 ./run_all.sh       the setting of the README's table
+#   TEACHER=resnet20 STUDENT=resnet20 EPOCHS=30 ./run_all.sh       a quicker setting
 #   METHODS=cbd EXTRA="--num-teachers 4" ./run_all.sh              one row more
+#   METHODS=kd EXTRA="--teacher-method bsce" ./run_all.sh          another
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
 #   for i in 1 2; do OMP_NUM_THREADS=1 ./run_all.sh & done; wait   a CPU with two cores
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
 #   sbatch --array=0-7 --gpus=1 run_all.sh                         Slurm; RUNS on a shared file system
 set -uo pipefail
-METHODS=${METHODS:-ce bsce kd bkd cbd krdistill ltkd} SEEDS=${SEEDS:-0 1 2}
+METHODS=${METHODS:-ce bsce kd bkd cbd dive krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
 TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
 RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
