@@ -112,7 +112,7 @@ def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     known = not isinstance(class_counts, torch.Tensor)
     if counts.shape != logits.shape[1:] or known and not counts.min() >= 1:
-        raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
+        raise ValueError(f"class_counts must be {logits.shape[1]} numbers >= 1, not {class_counts}")
     log_pi = (counts / counts.sum()).log().to(logits)
     return F.cross_entropy(logits + log_pi, targets)
 
@@ -157,7 +157,7 @@ def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
     class_means m, prototypes P: (C, D). Returns (B, D). Raises ValueError where shapes do not fit.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
-        raise ValueError(f"teacher_features: {teacher_features.shape} for targets {targets.shape}")
+        raise ValueError(f"teacher_features {teacher_features.shape} by targets and prototypes")
     if class_means.shape != prototypes.shape:
         raise ValueError(f"class_means: {class_means.shape}, not {prototypes.shape}")
     scale = (class_means - class_means.mean(0)).norm(dim=1).mean()
@@ -174,7 +174,7 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     known = not isinstance(class_counts, torch.Tensor)
     if counts.shape != teacher_logits.shape[1:] or known and not counts.min() >= 1:
-        raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
+        raise ValueError(f"class_counts: {teacher_logits.shape[1]} numbers >= 1, not {class_counts}")
     if targets.shape != teacher_logits.shape[:1]:
         raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
     z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
