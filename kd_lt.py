@@ -174,7 +174,7 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     known = not isinstance(class_counts, torch.Tensor)
     if counts.shape != teacher_logits.shape[1:] or known and not counts.min() >= 1:
-        raise ValueError(f"class_counts: {teacher_logits.shape[1]} numbers >= 1, not {class_counts}")
+        raise ValueError(f"class_counts: {teacher_logits.shape[1]} counts >= 1, not {class_counts}")
     if targets.shape != teacher_logits.shape[:1]:
         raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
     z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
@@ -430,8 +430,8 @@ def train(config, data, teachers, folder, device, eval_every):
         shown = "".join(f"{spread([row.get(key)]):>9}" for key in ("train_top1", "top1", *GROUPS))
         print(f"{epoch + 1:>5}/{config.epochs:<3}{row['lr']:>8g}{row['loss']:>9.4f}{shown}"
               f"{row['images_per_second']:>8}{minutes_left:>4.0f} min", flush=True)
-        with open(folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
+        log = (folder / "log.jsonl").read_bytes() + (json.dumps(row) + "\n").encode()
+        write_whole(folder / "log.jsonl", log)
         save(trainer, folder, epoch + 1, earlier + seconds, devices)
     scores = scores or evaluate(trainer.student, data, device, config.precision)
     return scores | {"seconds": earlier + time.perf_counter() - started, "devices": devices}
@@ -540,7 +540,7 @@ def given_teacher(path, config):
     """What a --teacher-checkpoint is, after a check that it fits the student's data and head."""
     content = read(path)
     teacher, problem = content["config"], ""
-    for key in ("dataset", "imb", "imb_type", "subset_seed", "data", "head"):
+    for key in ("head", "data", "subset_seed", "imb_type", "imb", "dataset"):
         if getattr(teacher, key) != getattr(config, key):
             problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
     if content["epoch"] != teacher.epochs:
@@ -760,9 +760,9 @@ def train_and_report(args):
     args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
     config, counts = make_config(args, data, precision), data.class_counts
-    groups = {key: sum(low <= n <= high for n in counts) for key, (low, high) in GROUPS.items()}
+    groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
     print(f"data     {data.name}: {sum(counts):,} training images, {max(counts)}..{min(counts)} a "
-          f"class; classes: {groups}; {len(data.test_targets):,} test images")
+          f"class; {', '.join(groups)}; {len(data.test_targets):,} test images")
     print(f"device   {machine(device)}, {precision}\n{config}", flush=True)
     folder = run(config, data, args, device)
     result = read(folder / "result.json")

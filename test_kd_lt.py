@@ -6,7 +6,6 @@ No network but the loopback. What has to be the CPU says so, so that a GPU in th
 nothing. Real CIFAR is used where it lies in ./data or in the folder KD_LT_DATA names.
 """
 import ast
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -25,14 +24,11 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tarfile
-import threading
 import time
-import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,26 +190,7 @@ def alone(function):
 def test_a_loss_stands_alone(name):
     check_against_oracle(name, make_case(3), alone(LOSSES[name][0].__name__))
 
-@pytest.mark.parametrize("name", OURS)
-def test_gradcheck(name):
-    x = make_case(4, 3, 6)
-    keys = list(value_and_gradients(name, x)[1])
-    assert torch.autograd.gradcheck(
-        lambda *tensors: loss_of(name, changed(x, **dict(zip(keys, tensors, strict=True)))),
-        [getattr(x, key).requires_grad_() for key in keys])
-
 # ---- identities
-
-@pytest.mark.parametrize("temperature, alpha, factor", [(2.0, 1.0, 1.0), (4.0, 0.3, 250.0)])
-def test_bkd_closed_forms(temperature, alpha, factor):
-    x = make_case(5, counts=[500, 120, 30, 8, 1])
-    w = factor * doubles(weights_oracle(x.n, 0.9999))  # no factor of w changes anything
-    q, p = (x.z_t / temperature + w.log()).softmax(1), (x.z_s / temperature).softmax(1)
-    value, gradients = value_and_gradients("bkd", x, temperature=temperature, alpha=alpha)
-    kl = temperature**2 * (q * (q / p).log()).sum(1).mean()
-    assert_close(value, F.cross_entropy(x.z_s, x.y) + alpha * kl)
-    expected = x.z_s.softmax(1) - F.one_hot(x.y, 5) + alpha * temperature * (p - q)
-    assert_close(gradients["z_s"], expected / 4)
 
 def test_identities():
     x = make_case(6, counts=[500, 120, 30, 8, 1])
@@ -304,29 +281,6 @@ def test_huge_logits_and_counts_stay_finite(name):
         value, gradients = value_and_gradients(name, x)
         assert value.dtype == torch.float32 and value.shape == () and value.isfinite()
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-
-@pytest.mark.parametrize("name", OURS)
-def test_properties_on_random_cases(name):
-    for seed in range(100):
-        rng, noise = random.Random(seed), randn(seed, 16, 2)
-        batch, num_classes = rng.randint(1, 16), rng.randint(2, 30)
-        x = make_case(seed, batch, num_classes, 10 ** rng.uniform(-3, 2))
-        h = {"temperature": 10 ** rng.uniform(-0.3, 1.3)} if name not in ("bsce", "cbd") else {}
-        loss = loss_of(name, x, **h)
-        assert loss >= -1e-9
-        order = torch.arange(num_classes).roll(seed)
-        permuted = changed(x, z_s=x.z_s[:, order], z_t=x.z_t[:, order], y=order.argsort()[x.y],
-                           n=[x.n[c] for c in order])
-        add, times = 50 * noise[:batch], noise[:batch].exp()  # features: only their directions
-        shifted = changed(x, z_s=x.z_s + add[:, :1], z_t=x.z_t + add[:, 1:],
-                          f_s=x.f_s * times[:, :1], f_t=[f * times[:, 1:] for f in x.f_t])
-        parts = []  # of a batch the loss is a mean
-        for rows in torch.arange(batch).split(max(batch // 2, 1)):
-            part = {key: getattr(x, key)[rows] for key in ("z_s", "z_t", "f_s", "r", "y")}
-            part = changed(x, **part, f_t=[f[rows] for f in x.f_t])
-            parts.append(len(rows) / batch * loss_of(name, part, **h))
-        for same in (loss_of(name, permuted, **h), loss_of(name, shifted, **h), sum(parts)):
-            assert_close(same, loss, rtol=1e-9, atol=1e-9)
 
 Z, Y, N, EYE = torch.ones(2, 3), torch.tensor([0, 1]), [9, 3, 1], torch.eye(3)
 GOOD = {  # arguments that each function takes
@@ -772,19 +726,6 @@ def test_class_counts():
         for kind in ("exp", "step"):
             assert data.class_counts(4, most, most, kind)[-1] == 1
 
-@pytest.mark.parametrize("seed", [0, 3])
-def test_long_tail_indices_plain_reimplementation(seed):
-    targets = np.random.RandomState(1).randint(0, 6, 400)
-    counts, more = [40, 30, 0, 20, 7, 1], [41, 31, 5, 20, 8, 2]
-    expected, rng = [], np.random.RandomState(seed)
-    for c in range(6):
-        rows = [i for i in range(400) if targets[i] == c]
-        rng.shuffle(rows)
-        expected += rows[:counts[c]]
-    for form in (targets, targets.tolist(), torch.tensor(targets), targets.astype(np.uint8)):
-        assert data.long_tail_indices(form, counts, seed).tolist() == expected
-    assert set(expected) < set(data.long_tail_indices(targets, more, seed).tolist())  # nested
-
 def test_synthetic():
     x_train, y_train, x_test, y_test = data.synthetic()
     rows = data.long_tail_indices(y_train, [2] * 10)  # nearest class mean, of two images a class
@@ -797,16 +738,6 @@ def test_synthetic():
     assert thin.class_counts == thin.train_targets.bincount().tolist()
     assert torch.equal(thin.test_images, x_test) and thin.name == "synthetic"
     assert thin.digest == "a7d81eef5afdf36f"  # the defaults are exp and seed 0
-
-@pytest.mark.parametrize("imb, kind, seed, digest", [
-    (1, "exp", 0, "63abc32829073408"),
-    (100, "exp", 0, "a7d81eef5afdf36f"),
-    (100, "step", 0, "c90e9ed413d53c37"),
-    (100, "exp", 1, "1ea869487d6a0197"),
-])
-def test_digest(imb, kind, seed, digest):
-    """Results carry it: runs on the same images stay comparable only while it stays the same."""
-    assert data.load_dataset("synthetic", "", imb, kind, seed).digest == digest
 
 # ---- batches
 
@@ -951,21 +882,6 @@ def test_initial_weights_are_kaiming_normal():
             scaled = module.weight.detach() * math.sqrt(module.weight[0].numel() / 2)  # by fan-in
             assert abs(scaled.std() - 1) < 0.1 and scaled.abs().max() > 2.1  # so not uniform
 
-@pytest.mark.parametrize("train", [True, False])
-def test_forward_of_a_block_in_plain_words(train):
-    torch.manual_seed(5)
-    block, x = models.BasicBlock(4, 8, 2, "conv").train(train), torch.randn(6, 4, 8, 8)
-
-    def norm(maps, module):
-        mean, var = module.running_mean, module.running_var
-        if train:
-            mean, var = maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=0)
-        return (maps - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
-    first = norm(F.conv2d(x, block.conv1.weight, stride=2, padding=1), block.bn1).relu()
-    second = norm(F.conv2d(first, block.conv2.weight, padding=1), block.bn2)
-    short = norm(F.conv2d(x, block.shortcut[0].weight, stride=2), block.shortcut[1])
-    assert torch.allclose(block(x), (second + short).relu(), atol=1e-5)
-
 def test_cosine_head():
     torch.manual_seed(1)
     head = ResNet("resnet8", 5, "cosine").head.double()
@@ -1051,43 +967,23 @@ U8 = np.uint8
     ({"y_test": None}, "y_test"),
     ({"x_train": np.zeros((12, 32, 32, 3))}, r"x_train must be uint8.*float64 \(12, 32, 32, 3\)"),
     ({"x_train": np.zeros((12, 28, 28), U8)}, r"x_train .*not uint8 \(12, 28, 28\)"),
-    ({"x_train": np.array(7, U8)}, "x_train must be uint8"),
-    ({"x_train": np.zeros((12, 32, 3, 32), U8)}, "x_train must be uint8"),
     ({"x_train": np.zeros((12, 32, 48, 3), U8)}, r"x_train .*16..128.*\(12, 32, 48, 3\)"),
     ({"x_train": np.zeros((12, 15, 15, 3), U8)}, r"x_train .*16..128.*\(12, 15, 15, 3\)"),
     ({"x_train": np.zeros((12, 3, 129, 129), U8)}, r"x_train .*16..128.*\(12, 3, 129, 129\)"),
     ({"x_test": np.zeros((3, 48, 48, 3), U8)}, r"x_test .*one S .*\(3, 48, 48, 3\)"),
-    ({"x_test": np.zeros((3, 3072), U8)}, "x_test must be uint8"),
     ({"x_test": np.zeros((0, 32, 32, 3), U8), "y_test": np.zeros(0, int)}, r"x_test .*\(0, 32"),
     ({"y_train": np.zeros(12)}, "y_train must be 12 integers"),
-    ({"y_train": np.zeros(12, bool)}, "y_train must be 12 integers"),
-    ({"y_train": np.zeros((12, 1), int)}, "y_train must be 12 integers"),
     ({"y_test": np.zeros(2, int)}, "y_test must be 3 integers"),
     ({"y_train": np.array([0, 2] * 6)}, "no image of class 1"),
     ({"y_train": np.arange(12) + 1}, "no image of class 0"),
-    ({"y_train": np.array([0, 2 ** 62] * 6)}, "no image of class 1"),
-    ({"y_train": np.array([0, -1] * 6)}, "no image of class 1"),
     ({"y_train": np.zeros(12, int)}, "no image of class 1"),
     ({"y_test": np.array([0, 1, 3])}, "y_test has class 3"),
-    ({"y_test": np.array([0, 1, -2])}, "y_test has class -2"),
     ({"y_train": np.array([None] * 12, object)}, "y_train.*Object arrays"),
 ])
 def test_npz_bad_content(tmp_path, changes, message):
     save_npz(tmp_path / "bad.npz", **changes)
     with pytest.raises(InputError, match=f"(?s)bad.npz.*{message}"):
         data.load_npz(tmp_path / "bad.npz")
-
-def test_npz_bad_files(tmp_path):
-    path = tmp_path / "bad.npz"
-    save_npz(path)
-    whole = path.read_bytes()
-    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]  # the zip's checksum tells
-    for raw in (b"", b"text", whole[:9000], flipped, pickle.dumps([1])):
-        path.write_bytes(raw)
-        with pytest.raises(InputError, match="bad.npz.*expected is a .npz"):
-            data.load_npz(path)
-    with pytest.raises(InputError, match="none.npz"):
-        data.load_npz(tmp_path / "none.npz")
 
 @pytest.mark.parametrize("message, call", [
     *((r"--imb must lie in 1 .. 100 .*, not " + f"{imb:g}",
@@ -1168,15 +1064,6 @@ def test_download_adds_what_is_missing_only(mini, tmp_path, serve, capsys):
     assert images.shape == (10, 3, 32, 32) and (images[:2].numpy().reshape(2, -1) == first).all()
     assert data.load_cifar("cifar10", root, train=False)[1].tolist() == [5, 9]
 
-def test_two_downloads_at_once(mini, tmp_path, serve, monkeypatch):
-    serve(packed(mini))
-    both, fsync = threading.Barrier(2, timeout=20), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (both.wait(), fsync(file)))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        loads = [pool.submit(data.load_cifar, "cifar10", tmp_path, True) for _ in range(2)]
-        assert [load.result()[1].tolist() for load in loads] == [TRAIN] * 2
-    assert found(tmp_path) == mini
-
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("bytes that nobody checked were unpickled",)
@@ -1195,16 +1082,6 @@ def test_damaged_file_is_named_and_kept(mini, tmp_path, serve, harm):
         with pytest.raises(InputError, match="data_batch_3: not the original.*Delete"):
             data.load_cifar("cifar10", tmp_path, train=True)
         assert found(tmp_path) == present
-
-def test_unreadable_file(mini, tmp_path, serve):
-    serve(packed(mini))
-    put(mini, tmp_path)
-    file = tmp_path / FOLDER / "test_batch"
-    file.unlink()
-    file.symlink_to("nowhere")  # kept: perhaps a disk that is not mounted
-    with pytest.raises(InputError, match="test_batch.*No such"):
-        data.load_cifar("cifar10", tmp_path, train=False)
-    assert file.is_symlink()
 
 def circular():
     entry = tarfile.TarInfo(f"{FOLDER}/data_batch_1")
@@ -1229,52 +1106,6 @@ def test_download_fails(mini, tmp_path, serve, archive, message):
     assert found(tmp_path).items() <= mini.items()  # whole files or none
     for part in (data.CIFAR_URL + "cifar-10-python.tar.gz", str(tmp_path / FOLDER), "test_batch"):
         assert part in str(caught.value)
-
-@pytest.mark.parametrize("answer, message", [
-    (b"HTTP/1.0 404 Not Found\r\n\r\n", "404"),
-    (b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\nshort", "IncompleteRead"),
-    (b"", "closed|reset"),
-    (None, "timed out"),
-])
-def test_server_fails(mini, tmp_path, monkeypatch, answer, message):
-    def talk():
-        connection = server.accept()[0]
-        if answer is None:
-            done.wait(20)
-        connection.recv(4096)
-        connection.sendall(answer or b"")
-        connection.close()
-    real, done = urllib.request.urlopen, threading.Event()
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: real(url, timeout=0.5))
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(data, "CIFAR_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
-        threading.Thread(target=talk, daemon=True).start()
-        with pytest.raises(InputError, match=f"{data.CIFAR_URL}.*{message}"):
-            data.load_cifar("cifar10", tmp_path, train=False)
-        done.set()
-    assert not found(tmp_path)
-
-@pytest.mark.parametrize("root", ["root", "root/below", "data"])
-def test_root_or_folder_is_a_file(mini, tmp_path, serve, root):
-    serve(packed(mini))
-    put({"root": b"mine", f"data/{FOLDER}": b"mine"}, tmp_path)
-    with pytest.raises(InputError, match="Not a directory|File exists"):
-        data.load_cifar("cifar10", tmp_path / root, train=True)
-    assert found(tmp_path) == {"root": b"mine", f"data/{FOLDER}": b"mine"}
-
-@pytest.mark.parametrize("where, error", [
-    ("fsync", KeyboardInterrupt), ("replace", KeyboardInterrupt), ("fsync", OSError(28, "full"))])
-def test_interrupted_while_writing(mini, tmp_path, serve, monkeypatch, where, error):
-    serve(packed(mini))
-
-    def interrupt(*_):
-        assert [path.suffix for path in tmp_path.rglob("*.*")] == [".partial"]
-        raise error
-    monkeypatch.setattr(os, where, interrupt)
-    with pytest.raises((KeyboardInterrupt, InputError), match="full|^$"):
-        data.load_cifar("cifar10", tmp_path, train=True)
-    assert not found(tmp_path)
 
 HERE = Path(kd_lt.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -1439,11 +1270,6 @@ def test_methods_that_coincide_leave_the_same_numbers(tiny, tmp_path, one, other
     a, b = (finish(flags(tiny, tmp_path, text))[0] for text in (one, other))
     weights = [plain(dict(kd_lt.load_run(folder).state_dict())) for folder in (a, b)]
     assert a != b and log_of(a) == log_of(b) and weights[0] == weights[1]
-
-def test_bkd_weights_act_from_the_start_that_is_set(tiny, tmp_path):
-    kd, bkd = (log_of(finish(flags(tiny, tmp_path, f"--epochs 4 --method {text}"))[0])
-               for text in ("kd", "bkd --bkd-start 0.5"))
-    assert [a["loss"] == b["loss"] for a, b in zip(kd, bkd, strict=True)] == [1, 1, 0, 0]
 
 def test_smoke_learns(tmp_path):
     folder, out = finish(["--smoke", "--device", "cpu", "--runs-dir", tmp_path])
@@ -1624,15 +1450,6 @@ def test_teacher_and_global_generators_stay(finished, tiny, tmp_path, monkeypatc
     assert not any(module.training for module in loaded[0].modules())
     assert all(p.grad is None and not p.requires_grad for p in loaded[0].parameters())
 
-def test_load_run_as_another_program_does(finished, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arrays, result = np.load(tiny), json.loads((finished[1] / "result.json").read_text())
-    before, model = torch.get_rng_state(), kd_lt.load_run(str(finished[1]))
-    logits, _ = model(data.normalise(torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2)))
-    right = logits.argmax(1).numpy() == arrays["y_test"]
-    assert 100 * right.mean() == pytest.approx(result["top1"]) and not model.training
-    assert torch.equal(torch.get_rng_state(), before) and not [*tmp_path.iterdir()]
-
 def test_batches_of_one_and_images_of_another_size(tmp_path):
     large = make_npz(tmp_path / "large.npz", [5, 3, 1], 48)
     for method in kd_lt.METHODS:
@@ -1710,7 +1527,7 @@ def test_stopped_at_every_write(finished, tiny, tmp_path, monkeypatch, stop, sta
 
     text, fsync = "--method krdistill", os.fsync
     finish(flags(tiny, new("whole"), text))
-    for n in range(5):  # config, log, two checkpoints, result
+    for n in range(7):  # config, log, twice a line and a checkpoint, result
         runs, calls = new(f"runs{n}"), []
 
         def failing(descriptor, calls=calls, n=n):
