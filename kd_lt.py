@@ -28,8 +28,8 @@ VERSION = "2.0.0"
 
 # ---- 1 losses
 # B images, C classes, D features; any device and float dtype. No gradient reaches the teacher.
-# class_counts, the training images of each class, may be a list, a NumPy array or a tensor, whose
-# numbers alone are not checked, because a look at them would stall a GPU.
+# class_counts, the training images of each class, may be a list, a NumPy array or a tensor; the
+# numbers in a tensor are not checked, because to look at them would stall a GPU.
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
             temperature: float = 2.0, alpha: float = 1.0) -> torch.Tensor:
     """KD: CE(z, y) + alpha KL_T(p, z), p the teacher (Hinton et al. 2015, arXiv 1503.02531).
@@ -55,8 +55,8 @@ def effective_number_weights(class_counts: list[float] | torch.Tensor,
     (C,) float64. Raises ValueError for other shapes, counts below 1 and beta outside [0, 1).
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    known = not isinstance(class_counts, torch.Tensor)
-    if counts.ndim != 1 or known and not counts.min() >= 1:
+    listed = not isinstance(class_counts, torch.Tensor)
+    if counts.ndim != 1 or listed and not counts.min() >= 1:
         raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
@@ -110,8 +110,8 @@ def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
     class_counts n: C numbers >= 1, or ValueError. Scalar, mean over the batch.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    known = not isinstance(class_counts, torch.Tensor)
-    if counts.shape != logits.shape[1:] or known and not counts.min() >= 1:
+    listed = not isinstance(class_counts, torch.Tensor)
+    if counts.shape != logits.shape[1:] or listed and not counts.min() >= 1:
         raise ValueError(f"class_counts must be {logits.shape[1]} numbers >= 1, not {class_counts}")
     log_pi = (counts / counts.sum()).log().to(logits)
     return F.cross_entropy(logits + log_pi, targets)
@@ -172,8 +172,8 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     class_counts n: C numbers. Returns (B, C). Raises ValueError for other shapes, counts below 1.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    known = not isinstance(class_counts, torch.Tensor)
-    if counts.shape != teacher_logits.shape[1:] or known and not counts.min() >= 1:
+    listed = not isinstance(class_counts, torch.Tensor)
+    if counts.shape != teacher_logits.shape[1:] or listed and not counts.min() >= 1:
         raise ValueError(f"class_counts: {teacher_logits.shape[1]} counts >= 1, not {class_counts}")
     if targets.shape != teacher_logits.shape[:1]:
         raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
@@ -254,7 +254,7 @@ class Trainer:
             self.student = ResNet(**self.network)
             if method.uses == "class means":
                 self.adapter = torch.nn.Linear(own_width, width)
-        contiguous = device.type == "cuda" and config.precision == "fp32"  # faster only there
+        contiguous = device.type == "cuda" and config.precision == "fp32"  # the faster there
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
         self.teachers = torch.nn.ModuleList(teachers).eval().requires_grad_(False)
         for module in self.teachers.modules():  # what autocast would cast in every step, cast once

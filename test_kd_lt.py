@@ -8,7 +8,6 @@ nothing. Real CIFAR is used where it lies in ./data or in the folder KD_LT_DATA 
 import ast
 import contextlib
 import copy
-import dataclasses
 import errno
 import hashlib
 import inspect
@@ -47,8 +46,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import kd_lt
 import models
-from data import MEAN, STD, Batches, InputError, distort_colour, normalise
+from data import MEAN, STD, Batches, InputError, distort_colour
 from models import NETWORKS, ResNet
+
+THREADS = torch.get_num_threads()  # for test_speed; elsewhere batches of four are slower on more
+torch.set_num_threads(1)
 
 # ---- a case: the arguments of every loss, of the student (_s), of the teacher (_t, r), y and n
 
@@ -69,8 +71,11 @@ COMPANIONS = {  # what has to be copied with a loss; with the others nothing
 def doubles(values):
     return torch.tensor(values, dtype=torch.float64)
 
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
 def randn(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 def make_case(seed, batch=4, num_classes=5, scale=2.0, counts=None):
     z, f, n = randn(seed, 2, batch, num_classes), randn(seed, 3, batch, 6), randn(seed, num_classes)
@@ -190,8 +195,6 @@ def alone(function):
 def test_a_loss_stands_alone(name):
     check_against_oracle(name, make_case(3), alone(LOSSES[name][0].__name__))
 
-# ---- identities
-
 def test_identities():
     x = make_case(6, counts=[500, 120, 30, 8, 1])
     equal, like = changed(x, n=[77] * 5), changed(x, z_s=x.z_t)
@@ -223,7 +226,6 @@ def test_effective_number_weights(counts):
     for beta in (0.0, 0.5, 0.9999):
         weights = kd_lt.effective_number_weights(counts, beta)
         assert_close(weights, doubles(weights_oracle(counts, beta)))
-        assert weights.mean().item() == approx(1, abs=1e-13)
     inverse = 1 / doubles(counts)  # in the limit
     weights = kd_lt.effective_number_weights(counts, 1 - 1e-12)
     assert_close(weights, inverse / inverse.mean(), rtol=1e-5, atol=0)
@@ -262,15 +264,11 @@ def test_rectify_features():
 def test_rectify_logits():
     x = make_case(12, 200, 6)
     pi = doubles(x.n) / sum(x.n)
-    rectified, plain = kd_lt.rectify_logits(x.z_t, x.y, x.n), x.z_t - pi.log()
     expected = [rectified_oracle(z.tolist(), y, pi) for z, y in zip(x.z_t, x.y, strict=True)]
+    rectified = kd_lt.rectify_logits(x.z_t, x.y, x.n)
     assert_close(rectified, doubles(expected))
     assert torch.equal(rectified.argmax(1), x.y)
-    right = plain.argmax(1) == x.y  # there nothing moves, elsewhere two entries change places
-    moved = ((rectified - plain).abs() > 1e-9).sum(1)
-    assert 0 < right.sum() < 200 and torch.equal(moved, torch.where(right, 0, 2))
-
-# ---- corners
+    assert 0 < ((x.z_t - pi.log()).argmax(1) == x.y).sum() < 200  # there nothing changes places
 
 @pytest.mark.parametrize("name", OURS)
 def test_huge_logits_and_counts_stay_finite(name):
@@ -357,7 +355,7 @@ def make_trainer(dataset, method, *flags, device="cpu", precision="fp32"):
         flags += (f"--{key.replace('_', '-')}", str(HYPER[key]))
     args = kd_lt.parse_flags(["--smoke", "--method", method, "--batch-size", "32", *flags])
     config = kd_lt.make_config(args, dataset, precision)
-    config = dataclasses.replace(config, colour=method == "cbd")
+    config = replace(config, colour=method == "cbd")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teachers = [models.ResNet(t["network"], 10, t["head"]) for t in config.teachers]
@@ -428,6 +426,7 @@ def test_the_step_is_the_plain_step(setting, small):
     plain = Plain(trainer, small)
     momentum = [torch.zeros_like(p) for p in plain.parameters]
     assert ("projection" in trainer.network) == (len(trainer.teachers) == 2)
+    assert (trainer.batches.weights is not None) == (setting[0] == "cbd")  # balanced classes
     for epoch in (0, 1):
         trainer.student.eval()  # as a test leaves it
         trainer.start_epoch(epoch)
@@ -447,6 +446,12 @@ def test_the_step_is_the_plain_step(setting, small):
                 assert_close(network.state_dict(), same.state_dict(), rtol=1e-5, atol=1e-5)
                 same.load_state_dict(network.state_dict())  # or rounding would grow
 
+def test_the_seed_decides_the_initial_weights(small):
+    trainers = [make_trainer(small, "krdistill", "--seed", seed) for seed in "001"]
+    for name in ("student", "adapter"):
+        one, same, other = (plain(dict(getattr(t, name).state_dict())) for t in trainers)
+        assert one == same != other
+
 def seconds_a_step(epoch, steps, device):
     """The median over five calls of epoch(), after one that is not counted."""
     times = []
@@ -458,11 +463,10 @@ def seconds_a_step(epoch, steps, device):
         times.append((time.perf_counter() - began) / steps)
     return statistics.median(times[1:])
 
-def test_speed(request, monkeypatch):
+def test_speed(request):
     if "speed" not in request.config.getoption("-k"):
         pytest.skip("on request: -s -k speed")
-    for name in ("benchmark", "allow_tf32"):  # restored after the test
-        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    torch.set_num_threads(THREADS)
     device, precision = kd_lt.choose_device(kd_lt.parse_flags([]))
     cuda, (steps, n) = device.type == "cuda", (100, 8192) if device.type == "cuda" else (5, 2048)
     dataset, networks = made_up(128 * steps // 10, 1), ("--student", "resnet32", "--teacher")
@@ -506,7 +510,7 @@ def test_speed(request, monkeypatch):
     print(f"ratio        {theirs / ours:9.2f} medians of 5 x {steps} steps; GPU memory {memory}")
     print(f"arithmetic   {speed:9.3f} TFLOP/s, {speed / peak:.0%} of a large matrix product's")
 
-# ---- what a CUDA graph needs, seen without a GPU
+# ---- what a CUDA graph needs, and its capture with stand-ins for torch.cuda's functions
 
 @pytest.mark.parametrize("method", kd_lt.METHODS)
 def test_the_step_stays_on_its_device_and_reads_nothing_back(method, small, monkeypatch):
@@ -543,15 +547,13 @@ def test_every_step_runs_the_same_operations_on_the_same_memory(method, small):
 def test_frozen_teachers_say_what_autocast_would(small):
     """Their convolutions' weights are cast once instead of in every step: the same bits."""
     trainer = make_trainer(small, "kd")
-    (teacher,), config = trainer.teachers, dataclasses.replace(trainer.config, precision="bf16")
+    (teacher,), config = trainer.teachers, replace(trainer.config, precision="bf16")
     before = kd_lt.predict(teacher, small.train_images, torch.device("cpu"), "bf16")
     assert teacher.conv1.weight.dtype == torch.float32
     kd_lt.Trainer(config, small, [teacher], torch.device("cpu"))
     assert teacher.conv1.weight.dtype == torch.bfloat16
     after = kd_lt.predict(teacher, small.train_images, torch.device("cpu"), "bf16")
     assert_close(tuple(after), tuple(before), rtol=0, atol=0)
-
-# ---- capture, with stand-ins for torch.cuda's functions
 
 @pytest.fixture
 def seen(small, monkeypatch):
@@ -658,98 +660,78 @@ def test_a_loss_with_item_trains_without_a_graph_on_cuda(small, monkeypatch, cap
     trainer.step(32)
     assert math.isfinite(trainer.loss_sum.item()) and trainer.loss_sum.item() > 0
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
 # ---- which images: the published subsets
 
-# Number and SHA-256 (its first 24 digits) of the positions within the class, int64, classes one
-# after the other; imbalance 10, 50, 100, 200.
-PUBLISHED = {
-    ("cifar10", "exp"): [
-        (20431, "2b3a8656bec514c6c8723669"), (13996, "7bb90363b243a944125b2203"),
-        (12406, "8a54f5b6fa9722952358bc99"), (11203, "334c2d61143b39bf3cc8edb0")],
-    ("cifar10", "step"): [
-        (27500, "972d9eb4a700ad789b81f750"), (25500, "550772f4f98809f0f5a694f5"),
-        (25250, "9f6141e4cf23433a8600d4e4"), (25125, "54d23dbdbd7144e24631f5de")],
-    ("cifar100", "exp"): [
-        (19573, "5906ba7310b91b5ee5a4e0b1"), (12608, "1bc82de2629e5cbd51d6ea8f"),
-        (10847, "f123ec136d44ab1b224fe55b"), (9502, "36f76462dfbbe6f48cb30b5d")],
-    ("cifar100", "step"): [
-        (27500, "d973f460f760c05f5a861b8d"), (25500, "fd9f9dea430a1ea1b918fb38"),
-        (25250, "5fab75890a63c2996fc0348b"), (25100, "0e093498e9d9aaa3f869f334")],
-}
-SETTINGS = [(*key, imb, *row) for key, rows in PUBLISHED.items()
-            for imb, row in zip((10, 50, 100, 200), rows, strict=True)]
-FIRST = {"cifar10": ([398, 3833, 4836, 4572, 636], [2204, 3816, 2206, 2507, 1926]),
-         "cifar100": ([90, 254, 283, 445, 461], [348, 153, 363, 361, 299])}
+# Of imbalance 10, 50, 100, 200: number and SHA-256 (its first 12 digits) of the positions within
+# the class, int64, classes one after the other.
+PUBLISHED = [
+    "cifar10  exp  20431 2b3a8656bec5 13996 7bb90363b243 12406 8a54f5b6fa97 11203 334c2d61143b",
+    "cifar10  step 27500 972d9eb4a700 25500 550772f4f988 25250 9f6141e4cf23 25125 54d23dbdbd71",
+    "cifar100 exp  19573 5906ba7310b9 12608 1bc82de2629e 10847 f123ec136d44 9502 36f76462dfbb",
+    "cifar100 step 27500 d973f460f760 25500 fd9f9dea430a 25250 5fab75890a63 25100 0e093498e9d9",
+]
 SHAPE = {"cifar10": (10, 5000), "cifar100": (100, 500)}
 REAL = Path(os.environ.get("KD_LT_DATA", "data"))
 
-@pytest.mark.parametrize("name, kind, imb, total, sha256", SETTINGS)
-def test_published_selection(name, kind, imb, total, sha256):
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_published_selection(row):
     # A shuffle depends on nothing but the size of a class: labels in any order show the same.
+    name, kind, *columns = row.split()
     classes, most = SHAPE[name]
     targets = np.random.RandomState(5).permutation(np.arange(50000) % classes)
-    counts = data.class_counts(classes, most, imb, kind)
-    rows, positions = data.long_tail_indices(targets, counts), np.empty(50000, np.int64)
-    assert rows.dtype == torch.int64 and len(rows) == sum(counts) == total
-    assert (targets[rows] == np.repeat(np.arange(classes), counts)).all()
+    positions = np.empty(50000, np.int64)
     for c in range(classes):
         positions[targets == c] = np.arange(most)
-    positions = positions[rows]
-    assert positions[:5].tolist() == FIRST[name][0]
-    assert positions[-counts[-1]:][:5].tolist() == FIRST[name][1][:counts[-1]]
-    assert hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:24] == sha256
+    for imb, total, sha256 in zip((10, 50, 100, 200), columns[::2], columns[1::2], strict=True):
+        counts = data.class_counts(classes, most, imb, kind)
+        rows = data.long_tail_indices(targets, counts)
+        assert rows.dtype == torch.int64 and len(rows) == sum(counts) == int(total)
+        assert (targets[rows] == np.repeat(np.arange(classes), counts)).all()
+        digest = hashlib.sha256(positions[rows].astype("<i8").tobytes()).hexdigest()
+        assert digest.startswith(sha256)
 
-@pytest.mark.parametrize("name, first, digest, test_labels", [
-    ("cifar10", [4030, 38518, 48266], "c583f5132c01b456", [3, 8, 8, 0]),
-    ("cifar100", [9470, 27272, 30172], "22c7e9ed7160a1c8", [49, 33, 72, 51])])
-def test_real_files(name, first, digest, test_labels):
+@pytest.mark.parametrize("name, first, digest", [
+    ("cifar10", [4030, 38518, 48266], "c583f5132c01b456"),
+    ("cifar100", [9470, 27272, 30172], "22c7e9ed7160a1c8")])
+def test_real_files(name, first, digest):
     folder = REAL / data.CIFAR_FOLDERS[name]
     if not all((folder / file).exists() for file in data.CIFAR_SHA256[name]):
         pytest.skip(f"no {name} in {REAL} (set KD_LT_DATA)")
     thin = data.load_dataset(name, REAL, 100)
-    assert thin.digest == digest and thin.class_counts == data.class_counts(*SHAPE[name], 100)
-    assert thin.test_images.shape == (10000, 3, 32, 32) and thin.test_images.dtype == torch.uint8
-    assert thin.test_targets[:4].tolist() == test_labels
+    assert thin.digest == digest and thin.test_images.shape == (10000, 3, 32, 32)
     images, _ = data.load_cifar(name, REAL, train=True)
     assert torch.equal(images[first], thin.train_images[:3])  # the very rows, in file order
 
 def test_class_counts():
-    assert data.class_counts(10, 5000, 100) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert data.class_counts(100, 500, 200)[-1] == 2  # 2.5, truncated
     assert data.class_counts(5, 100, 10, "step") == [100, 100, 10, 10, 10]
     assert data.class_counts(1, 100, 10) == [100]
     assert data.class_counts(3, 7, 1) == data.class_counts(3, 7, 1, "step") == [7, 7, 7]
     for most in range(1, 200):  # at the limit, where 1 / imb rounds down for some
         for kind in ("exp", "step"):
             assert data.class_counts(4, most, most, kind)[-1] == 1
+    for imb in (0.5, -10, math.nan, math.inf, 101):
+        with pytest.raises(InputError, match=f"--imb must lie in 1 .. 100 .*, not {imb:g}"):
+            data.class_counts(10, 100, imb, "step")
+    with pytest.raises(InputError, match="--imb-type"):
+        data.class_counts(10, 100, 10, "linear")
 
 def test_synthetic():
-    x_train, y_train, x_test, y_test = data.synthetic()
-    rows = data.long_tail_indices(y_train, [2] * 10)  # nearest class mean, of two images a class
-    means = torch.stack([x_train[rows][y_train[rows] == c].float().mean(0) for c in range(10)])
-    near = torch.cdist(x_test.flatten(1).float(), means.flatten(1)).argmin(1)
-    assert (near == y_test).float().mean() > 0.9
     assert [len(part) for part in data.synthetic(3, 4, 5)] == [12, 12, 15, 15]
-    assert not torch.equal(x_train, data.synthetic(seed=1)[0])
+    assert not torch.equal(data.synthetic()[0], data.synthetic(seed=1)[0])
     thin = data.load_dataset("synthetic", "", 100)
     assert thin.class_counts == thin.train_targets.bincount().tolist()
-    assert torch.equal(thin.test_images, x_test) and thin.name == "synthetic"
-    assert thin.digest == "a7d81eef5afdf36f"  # the defaults are exp and seed 0
+    assert thin.name == "synthetic" and thin.digest == "a7d81eef5afdf36f"  # exp and subset seed 0
+    for seed in (-1, 2**32):
+        with pytest.raises(InputError, match="--subset-seed"):
+            data.load_dataset("synthetic", "", 1, "exp", seed)
 
 # ---- batches
 
+def global_generators():
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
 def random_images(count, seed=0, size=(32, 32)):
     return torch.randint(256, (count, 3, *size), generator=generator(seed)).to(torch.uint8)
-
-def epoch(batches, g):
-    batches.shuffle(g)
-    parts = [batches.next(size) for size in batches.sizes]
-    assert [len(targets) for _, targets in parts] == batches.sizes
-    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in parts)
-    return torch.cat([images for images, _ in parts]), torch.cat([t for _, t in parts])
 
 @pytest.mark.parametrize("sampler", ["instance", "class"])
 @pytest.mark.parametrize("count, size, pad", [(60, 16, 2), (60, 32, 4), (60, 48, 6), (5, 128, 16)])
@@ -761,45 +743,32 @@ def test_batches_are_crops_of_padded_images(count, size, pad, sampler):
     assert batches.sizes == [8] * (count // 8) + [count % 8]
     g, same = generator(1), generator(1)
     for _ in range(2):  # every epoch anew
-        out, labels = epoch(batches, g)
+        batches.shuffle(g)
+        parts = [batches.next(part) for part in batches.sizes]
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
         if sampler == "instance":
             rows = torch.randperm(count, generator=same)
         else:
             weights = torch.tensor([1 / class_counts[c] for c in targets], dtype=torch.float64)
             rows = torch.multinomial(weights, count, replacement=True, generator=same)
-        assert torch.equal(labels, targets[rows])
-        draws = torch.randint(2 * places * places, (count,), generator=same).tolist()
-        for image, row, draw in zip(out, rows, draws, strict=True):
-            mirrored, place = divmod(draw, places * places)
-            top, left = divmod(place, places)
-            canvas = F.pad(images[row].flip(2) if mirrored else images[row], (pad, pad, pad, pad))
-            crop = canvas[None, :, top:top + size, left:left + size]
-            assert torch.equal(image, normalise(crop)[0])  # so black is padded before normalising
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_normalise(dtype):
+        crops = torch.randint(2 * places * places, (count,), generator=same)
+        mirrored, top, left = torch.unravel_index(crops, (2, places, places))
+        draws = torch.stack([rows + count * mirrored, top, left, targets[rows]])
+        assert torch.equal(batches.draws, draws)
+        plain = PlainImages(SimpleNamespace(train_images=images), batches)
+        assert_close(parts, [tuple(part) for part in DataLoader(plain, 8)])
     assert (MEAN, STD) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # as published
-    images = random_images(2, size=(3, 4))
-    out = normalise(images.to(dtype))
-    assert out.dtype == torch.float32
-    for b, c, h, w in np.ndindex(*images.shape):
-        expected = (images[b, c, h, w].item() / 255 - MEAN[c]) / STD[c]
-        assert out[b, c, h, w].item() == pytest.approx(expected, abs=1e-5)
 
-def test_colour_acts_on_the_raw_crops_and_no_global_generator_is_used():
-    def states():
-        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
-    before, images = states(), random_images(50)
+def test_colours_are_drawn_last_and_no_global_generator_is_used():
+    before, images = global_generators(), random_images(50)
     plain, coloured = (Batches(images, torch.arange(50), [1] * 50, 12, "cpu", "instance", colour)
                        for colour in (False, True))
-    (crops, targets), (out, same) = epoch(plain, generator(5)), epoch(coloured, generator(5))
-    assert torch.equal(targets, same)  # colour is drawn last, so the crops agree
-    raw = 255 * (crops * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
-    expected = normalise(distort_colour(raw.round(), coloured.colours))
-    assert torch.allclose(out, expected, atol=1e-3)
+    for batches in (plain, coloured):
+        batches.shuffle(generator(5))
+    assert torch.equal(plain.draws, coloured.draws)  # the same crops
     assert 0 <= coloured.colours.min() < 0.05 and 0.95 < coloured.colours.max() < 1
     data.load_dataset("synthetic", "", 10)
-    assert states() == before
+    assert global_generators() == before
 
 LUMA = np.array([0.299, 0.587, 0.114])
 YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -833,8 +802,6 @@ def test_distort_colour_is_the_oracle():
     for row, (image, draw) in enumerate(zip(images, draws, strict=True)):
         expected = distort_oracle(image.numpy(), draw.double().numpy())
         assert np.abs(out[row].numpy() - expected).max() < 0.02
-        alone = distort_colour(images[row:row + 1], draws[row:row + 1])  # no other image matters
-        assert torch.allclose(alone[0], out[row], atol=1e-3)
     draws[:, 0], draws[:, 1] = 0.8, 0.2  # just not
     assert torch.equal(distort_colour(images, draws), images.float())
 
@@ -853,26 +820,28 @@ def test_header_table(name, layers, ten, hundred, width):
     assert model.num_features == model.head.in_features == int(width)
     assert [row[0] for row in HEADER] == list(NETWORKS)
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet14", "resnet8x4"])
-@pytest.mark.parametrize("head", ["linear", "cosine"])
 @pytest.mark.parametrize("size", [16, 32, 40])
-def test_forward(name, head, size):
+@pytest.mark.parametrize("name, head, projection", [
+    ("resnet8", "linear", 0), ("resnet14", "cosine", 0), ("resnet8", "cosine", 96),
+    ("resnet8x4", "linear", 0), ("resnet8x4", "cosine", 96)])
+def test_forward(name, head, projection, size):
     torch.manual_seed(0)
     images = torch.randn(3, 3, size, size)
-    model = ResNet(name, 7, head)
+    model = ResNet(name, 7, head, projection)
     model(images)  # so that the running statistics are not the first ones
     model.eval()
     with torch.no_grad():
         logits, features = model(images)
         maps = model.blocks(model.bn1(model.conv1(images)).relu())
-        one = model(images[1:2])
+        pooled = maps.mean((2, 3))
+        expected = model.projection(pooled).relu() if projection else pooled
         with torch.autocast("cpu", torch.bfloat16):
             assert {part.dtype for part in model(images)} == {torch.float32}  # the head's
-    assert logits.shape == (3, 7) and features.shape == (3, NETWORKS[name][2][-1])
-    assert maps.shape[2:] == (size // 4, size // 4)
-    assert torch.allclose(features, maps.mean((2, 3)))
-    assert torch.allclose(model.head(features), logits)
-    assert torch.allclose(one.logits, logits[1:2], atol=1e-4, rtol=1e-4)
+    assert maps.shape[2:] == (size // 4, size // 4)  # the last two stages halve it
+    assert model.num_features == (projection or NETWORKS[name][2][-1])
+    assert logits.shape == (3, 7) and features.shape == (3, model.num_features)
+    assert_close(features, expected)
+    assert_close(model.head(features), logits)
 
 def test_initial_weights_are_kaiming_normal():
     torch.manual_seed(4)
@@ -886,19 +855,9 @@ def test_cosine_head():
     torch.manual_seed(1)
     head = ResNet("resnet8", 5, "cosine").head.double()
     features = torch.rand(4, 64).double()
-    expected = [[20 * F.cosine_similarity(f, w, dim=0).item() for w in head.weight]
-                for f in features]
-    assert np.abs(head(features).detach().numpy() - np.array(expected)).max() < 1e-12
+    expected = 20 * F.cosine_similarity(features[:, None], head.weight, dim=2)
+    assert_close(head(features), expected, rtol=0, atol=1e-12)
     assert [name for name, _ in head.named_parameters()] == ["weight"]  # no bias, no learnt scale
-
-def test_projection():
-    torch.manual_seed(2)
-    model = ResNet("resnet8", 5, "cosine", projection=96).eval()
-    with torch.no_grad():
-        logits, features = model(torch.randn(4, 3, 32, 32))
-    assert logits.shape == (4, 5) and features.shape == (4, 96) and model.num_features == 96
-    assert (features >= 0).all() and (features == 0).any() and (features > 0).any()
-    assert torch.allclose(model.head(features), logits)
 
 def test_shortcut_without_parameters():
     block = models.BasicBlock(4, 9, 2, "pad")
@@ -909,99 +868,65 @@ def test_shortcut_without_parameters():
     assert not out[:, :2].any() and not out[:, 6:].any()
 
 def test_weights_load_with_and_without_batch_counters():
-    torch.manual_seed(3)
-    model = ResNet("resnet8x4", 5)
-    images = torch.randn(8, 3, 16, 16)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model(images)
+    model, fresh = ResNet("resnet8x4", 5), ResNet("resnet8x4", 5)
+    model(torch.randn(8, 3, 16, 16))  # changes the running statistics
     saved = model.state_dict()
     assert not any("num_batches_tracked" in key for key in saved)
-    assert all(not torch.equal(before[name], saved[name]) for name in before)
-    counters = {key.replace("running_mean", "num_batches_tracked"): torch.tensor(7)
-                for key in saved if key.endswith("running_mean")}
-    for state in (saved, dict(saved), {**saved, **counters}):
-        fresh = ResNet("resnet8x4", 5)
-        fresh.load_state_dict(state)
-        assert torch.equal(fresh.eval()(images).logits, model.eval()(images).logits)
-    for state in ({**saved, "more": torch.zeros(1)}, {"conv1.weight": saved["conv1.weight"]}):
-        with pytest.raises(RuntimeError, match="Unexpected key|Missing key"):
-            fresh.load_state_dict(state)
+    for counters in ({}, {"blocks.0.bn1.num_batches_tracked": torch.tensor(7)}):  # of version 1
+        fresh.load_state_dict({**saved, **counters})
+        assert_close(fresh.state_dict(), saved, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        fresh.load_state_dict({**saved, "more": torch.zeros(1)})
 
-# ---- own images
+# ---- files: own images, and small ones in the place of CIFAR's
 
-def save_npz(path, size=32, **changes):
+def make_npz(path, counts=(4, 2, 6), size=32, **changes):
+    """Random images, so many of each class, and six tests; what is changed to None is left out."""
     rng = np.random.RandomState(0)
-    arrays = {"x_train": rng.randint(0, 256, (12, size, size, 3), dtype=np.uint8),
-              "y_train": np.array([0] * 4 + [1] * 2 + [2] * 6),
-              "x_test": rng.randint(0, 256, (3, size, size, 3), dtype=np.uint8),
-              "y_test": np.array([0, 1, 2], np.uint8)}
-    arrays = {key: array for key, array in {**arrays, **changes}.items() if array is not None}
-    np.savez(path, **arrays)
-    return arrays
+    y_train, y_test = np.repeat(np.arange(len(counts)), counts), np.arange(6) % len(counts)
+    x = [rng.randint(256, size=(len(y), size, size, 3), dtype=np.uint8) for y in (y_train, y_test)]
+    arrays = {"x_train": x[0], "y_train": y_train, "x_test": x[1], "y_test": y_test, **changes}
+    np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
+    return path
 
 @pytest.mark.parametrize("size", [16, 32, 48, 128])
 def test_npz_in_both_layouts(tmp_path, size):
-    arrays = save_npz(tmp_path / "a.npz", size)
+    arrays = dict(np.load(make_npz(tmp_path / "a.npz", size=size)))
     turned = {k: v.transpose(0, 3, 1, 2) for k, v in arrays.items() if k[0] == "x"}
-    save_npz(tmp_path / "b.npz", size, **turned, y_train=arrays["y_train"].astype(np.int16))
-    one, two = (data.load_dataset(str(tmp_path / f"{f}.npz"), "", 1) for f in "ab")
-    assert one.digest == two.digest and one.class_counts == [4, 2, 6] == two.class_counts
+    labels = {k: v.astype(np.int16) for k, v in arrays.items() if k[0] == "y"}
+    make_npz(tmp_path / "b.npz", **turned, **labels)
+    make_npz(tmp_path / "c.npz", size=size, y_test=np.array([0, 1, 1] * 2, np.uint8))
+    one, two, other = (data.load_dataset(str(tmp_path / f"{f}.npz"), "", 1) for f in "abc")
+    assert one.digest == two.digest != other.digest
+    assert one.class_counts == two.class_counts == [4, 2, 6]
     assert (one.train_images.numpy() == turned["x_train"]).all()
     assert (one.test_images.numpy() == turned["x_test"]).all()
     assert one.train_targets.tolist() == arrays["y_train"].tolist()
-    assert one.test_targets.tolist() == [0, 1, 2] and one.test_targets.dtype == torch.int64
-    save_npz(tmp_path / "c.npz", size, y_test=np.array([0, 1, 1]))
-    assert data.load_dataset(str(tmp_path / "c.npz"), "", 1).digest != one.digest
+    assert one.test_targets.tolist() == [0, 1, 2] * 2 and one.test_targets.dtype == torch.int64
 
 def test_npz_thinned(tmp_path):
-    path = str(tmp_path / "a.npz")
-    save_npz(path, y_train=np.array([1] * 4 + [0] * 6 + [2] * 2))
+    path = str(make_npz(tmp_path / "a.npz", y_train=np.array([1] * 4 + [0] * 6 + [2] * 2)))
     thin = data.load_dataset(path, "", 3)
     assert thin.class_counts == [6, 3, 2] == thin.train_targets.bincount().tolist()
     with pytest.raises(InputError, match="class 1 has 4 .*--imb wants 5.*--imb 1 "):
         data.load_dataset(path, "", 1.2)
 
-U8 = np.uint8
-
 @pytest.mark.parametrize("changes, message", [
     ({"y_test": None}, "y_test"),
     ({"x_train": np.zeros((12, 32, 32, 3))}, r"x_train must be uint8.*float64 \(12, 32, 32, 3\)"),
-    ({"x_train": np.zeros((12, 28, 28), U8)}, r"x_train .*not uint8 \(12, 28, 28\)"),
-    ({"x_train": np.zeros((12, 32, 48, 3), U8)}, r"x_train .*16..128.*\(12, 32, 48, 3\)"),
-    ({"x_train": np.zeros((12, 15, 15, 3), U8)}, r"x_train .*16..128.*\(12, 15, 15, 3\)"),
-    ({"x_train": np.zeros((12, 3, 129, 129), U8)}, r"x_train .*16..128.*\(12, 3, 129, 129\)"),
-    ({"x_test": np.zeros((3, 48, 48, 3), U8)}, r"x_test .*one S .*\(3, 48, 48, 3\)"),
-    ({"x_test": np.zeros((0, 32, 32, 3), U8), "y_test": np.zeros(0, int)}, r"x_test .*\(0, 32"),
+    ({"x_train": np.zeros((12, 15, 15, 3), np.uint8)}, r"x_train .*16..128.*\(12, 15, 15, 3\)"),
+    ({"x_train": np.zeros((12, 3, 129, 129), np.uint8)}, r"x_train .*16..128.*\(12, 3, 129, 129\)"),
+    ({"x_test": np.zeros((6, 48, 48, 3), np.uint8)}, r"x_test .*one S .*\(6, 48, 48, 3\)"),
+    ({"x_test": np.zeros((0, 32, 32, 3), np.uint8), "y_test": np.zeros(0, int)}, r"x_test .*\(0,"),
     ({"y_train": np.zeros(12)}, "y_train must be 12 integers"),
-    ({"y_test": np.zeros(2, int)}, "y_test must be 3 integers"),
+    ({"y_test": np.zeros(2, int)}, "y_test must be 6 integers"),
     ({"y_train": np.array([0, 2] * 6)}, "no image of class 1"),
-    ({"y_train": np.arange(12) + 1}, "no image of class 0"),
     ({"y_train": np.zeros(12, int)}, "no image of class 1"),
-    ({"y_test": np.array([0, 1, 3])}, "y_test has class 3"),
-    ({"y_train": np.array([None] * 12, object)}, "y_train.*Object arrays"),
-])
+    ({"y_test": np.array([0, 1, 3] * 2)}, "y_test has class 3"),
+    ({"y_train": np.array([None] * 12, object)}, "y_train.*Object arrays")])
 def test_npz_bad_content(tmp_path, changes, message):
-    save_npz(tmp_path / "bad.npz", **changes)
     with pytest.raises(InputError, match=f"(?s)bad.npz.*{message}"):
-        data.load_npz(tmp_path / "bad.npz")
-
-@pytest.mark.parametrize("message, call", [
-    *((r"--imb must lie in 1 .. 100 .*, not " + f"{imb:g}",
-       lambda imb=imb: data.class_counts(10, 100, imb, "step"))
-      for imb in (0.5, -10, math.nan, math.inf, 101)),
-    ("--imb-type", lambda: data.class_counts(10, 100, 10, "linear")),
-    ("class 1 has 2 .*wants 3", lambda: data.long_tail_indices([0, 0, 1, 1], [2, 3])),
-    ("wants -1", lambda: data.long_tail_indices([0, 1], [1, -1])),
-    ("cifar10, cifar100, synthetic", lambda: data.load_dataset("mnist", "", 1)),
-    ("--subset-seed", lambda: data.load_dataset("synthetic", "", 1, "exp", -1)),
-    ("--subset-seed", lambda: data.load_dataset("synthetic", "", 1, "exp", 2 ** 32)),
-    ("1 .. 200", lambda: data.load_dataset("synthetic", "", 500)),
-])
-def test_bad_input(message, call):
-    with pytest.raises(InputError, match=message):
-        call()
-
-# ---- CIFAR's files: small ones take their place
+        data.load_npz(make_npz(tmp_path / "bad.npz", **changes))
 
 FOLDER = "cifar-10-batches-py"
 
@@ -1026,11 +951,9 @@ def serve(monkeypatch, tmp_path_factory):
         monkeypatch.setattr(data, "CIFAR_URL", place.as_uri() + "/")
     return start
 
-def packed(files, *special):
+def packed(files):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for entry in special:
-            tar.addfile(entry)
         for name, raw in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(raw)
@@ -1042,68 +965,52 @@ def put(files, root):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(raw)
 
-def found(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*")
-            if not path.is_dir()}
-
-TRAIN = [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*")
+            if path.is_file() and path.name != ".lock"}
 
 def test_download_adds_what_is_missing_only(mini, tmp_path, serve, capsys):
     serve(packed({**mini, f"{FOLDER}/readme.html": b"hello", "../evil": b"evil"}))
     mine, root = f"{FOLDER}/data_batch_2", tmp_path / "new"
     put({mine: mini[mine]}, root)
     before = (root / mine).stat().st_ino
-    assert data.load_cifar("cifar10", root, train=True)[1].tolist() == TRAIN
-    assert found(tmp_path) == {f"new/{name}": raw for name, raw in mini.items()}
+    images, targets = data.load_cifar("cifar10", root, train=True)
+    assert targets.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9] and targets.dtype == torch.int64
+    assert files(tmp_path) == {f"new/{name}": raw for name, raw in mini.items()}
     assert (root / mine).stat().st_ino == before
     assert f"downloading {data.CIFAR_URL}cifar-10-python.tar.gz" in capsys.readouterr().err
-    serve(None)  # files that are there need no network
-    images, targets = data.load_cifar("cifar10", str(root), train=True)
-    assert targets.tolist() == TRAIN and targets.dtype == torch.int64
     first = pickle.loads(mini[f"{FOLDER}/data_batch_1"])["data"]
     assert images.shape == (10, 3, 32, 32) and (images[:2].numpy().reshape(2, -1) == first).all()
+    serve(None)  # files that are there need no network
     assert data.load_cifar("cifar10", root, train=False)[1].tolist() == [5, 9]
 
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("bytes that nobody checked were unpickled",)
 
-@pytest.mark.parametrize("harm", [
-    lambda raw: raw[:-1], lambda raw: b"", lambda raw: raw + b" ", lambda raw: pickle.dumps(Bomb()),
-    lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:]])
+@pytest.mark.parametrize("harm", [lambda raw: raw[:-1], lambda raw: pickle.dumps(Bomb())])
 def test_damaged_file_is_named_and_kept(mini, tmp_path, serve, harm):
     name = f"{FOLDER}/data_batch_3"
     serve(packed(mini))
     present = {**mini, name: harm(mini[name])}
     put(present, tmp_path)
-    for lost in (None, f"{FOLDER}/data_batch_1"):
-        if lost:
-            (tmp_path / lost).unlink()
-        with pytest.raises(InputError, match="data_batch_3: not the original.*Delete"):
-            data.load_cifar("cifar10", tmp_path, train=True)
-        assert found(tmp_path) == present
-
-def circular():
-    entry = tarfile.TarInfo(f"{FOLDER}/data_batch_1")
-    entry.type, entry.linkname = tarfile.SYMTYPE, "data_batch_1"
-    return entry
+    (tmp_path / FOLDER / "data_batch_1").unlink()
+    with pytest.raises(InputError, match="data_batch_3: not the original.*Delete"):
+        data.load_cifar("cifar10", tmp_path, train=True)
+    assert files(tmp_path) == present  # the first came back, the third stayed
 
 @pytest.mark.parametrize("archive, message", [
     (lambda mini: None, "No such file"),
     (lambda mini: b"<html>busy</html>", "not a gzip file"),
     (lambda mini: packed(mini)[:-3000], "EOFError|ReadError"),
-    (lambda mini: b"", "ReadError"),
     (lambda mini: packed({**mini, f"{FOLDER}/data_batch_2": pickle.dumps(Bomb())}),
      "data_batch_2 in it is not the original"),
-    (lambda mini: packed({}), "data_batch_1.*not found"),
-    (lambda mini: packed({}, circular()), "RecursionError|data_batch_1"),
-], ids=["none", "no archive", "cut archive", "empty", "wrong content", "other archive",
-        "circular link"])
+    (lambda mini: packed({}), "data_batch_1.*not found")])
 def test_download_fails(mini, tmp_path, serve, archive, message):
     serve(archive(mini))
     with pytest.raises(InputError, match=message) as caught:
         data.load_cifar("cifar10", tmp_path, train=True)
-    assert found(tmp_path).items() <= mini.items()  # whole files or none
+    assert files(tmp_path).items() <= mini.items()  # whole files or none
     for part in (data.CIFAR_URL + "cifar-10-python.tar.gz", str(tmp_path / FOLDER), "test_batch"):
         assert part in str(caught.value)
 
@@ -1111,15 +1018,6 @@ HERE = Path(kd_lt.__file__).parent
 README = (HERE / "README.md").read_text()
 
 # ---- running the program
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():  # batches of four images are slower on more; choose_device sets the others
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
-    switches = cudnn.benchmark, cudnn.allow_tf32
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    cudnn.benchmark, cudnn.allow_tf32 = switches
 
 def main(argv):
     """Status, standard output and standard error of one command, in this process."""
@@ -1144,13 +1042,6 @@ def refused(argv, *fragments):
     assert status not in (0, None) and "kd_lt.py: " in err and "Traceback" not in err + out
     assert all(str(fragment) in err for fragment in fragments), err
     return status, err
-
-def make_npz(path, counts, size=32):
-    rng = np.random.RandomState(0)
-    y_train, y_test = np.repeat(np.arange(len(counts)), counts), np.arange(6) % len(counts)
-    x = [rng.randint(256, size=(len(y), size, size, 3), dtype=np.uint8) for y in (y_train, y_test)]
-    np.savez(path, x_train=x[0], y_train=y_train, x_test=x[1], y_test=y_test)
-    return path
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -1195,14 +1086,11 @@ def outcome(runs):
     assert not [*Path(runs).glob("*/*.partial")]
     return found
 
-def files(folder):
-    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
-
 def config_of(text, digest="0" * 16):
     args = kd_lt.parse_flags(shlex.split(text))
     return kd_lt.make_config(args, data.Dataset("", *[None] * 4, [], digest), "bf16")
 
-# ---- the README
+# ---- what the README says and the methods do
 
 SHELL = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)).replace("\\\n", " ")
 
@@ -1218,7 +1106,7 @@ def test_every_readme_command_runs_with_smoke_added(command, readme_folder, monk
     monkeypatch.chdir(readme_folder)
     argv, shown = [*shlex.split(command), "--smoke"], "From head to tail"
     if "--help" in argv:
-        shown = "reconstruction"
+        shown = "\nmethods (krdistill is our reconstruction)"
     elif "--plot" in argv:
         pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
         shown = "plot     "
@@ -1227,6 +1115,7 @@ def test_every_readme_command_runs_with_smoke_added(command, readme_folder, monk
         argv += ["--dataset", "synthetic"] if "cifar" in command else []
     status, out, err = main(argv)
     assert status == 0 and shown in out, err
+    assert "--help" not in argv or out.count("\n") <= 80  # it fits on a page
 
 def test_readme_test_commands():
     commands = [words.strip() for words in re.findall(r"python -m pytest[^#&|;`\n]*", README)]
@@ -1239,10 +1128,6 @@ def test_readme_test_commands():
 def test_readme_snippets_run_as_they_stand():
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(snippet, {})
-
-def test_help_fits_on_a_page():
-    status, out, _ = main(["--help"])
-    assert status == 0 and "reconstruction" in out and out.count("\n") <= 80
 
 def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
     script = HERE / "run_all.sh"
@@ -1259,8 +1144,6 @@ def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
         assert sum(f"epochs, in {folder}\n" in output for output in outputs) == 1, folder
     tables = [output.split(f"+ {sys.executable} kd_lt.py --table")[1] for output in outputs]
     assert any("\n| ce" in table and "\n| kd" in table for table in tables)
-
-# ---- what the methods do
 
 @pytest.mark.parametrize("one, other", [
     ("--method kd", "--method bkd --bkd-start 1"),  # before its start BKD is KD
@@ -1289,16 +1172,16 @@ def test_one_epoch_on_real_cifar_100(tmp_path):
 def test_groups_are_by_training_count_and_absent_when_empty():
     class Fixed(torch.nn.Module):
         def forward(self, images):
-            return torch.eye(4)[[0, 1, 1, 3]], images
+            return torch.eye(5)[[0, 1, 1, 1, 3, 0]], images
 
-    tests = torch.zeros(4, 3, 32, 32), torch.tensor([0, 0, 1, 2])
-    for counts, want in (([101, 20, 19, 100], [50, 50, 100, 0]), ([200] * 4, [50, 50, None, None])):
+    tests = torch.zeros(6, 3, 32, 32), torch.tensor([0, 0, 1, 2, 3, 3])
+    for counts, groups in (([101, 20, 19, 100, 5], [50, 75, 0]), ([200] * 5, [50, None, None])):
         part = data.Dataset("", None, None, *tests, counts, "")
         scores = kd_lt.evaluate(Fixed(), part, torch.device("cpu"), "fp32")
-        assert [scores[key] for key in ("top1", "many", "medium", "few")] == want
-        assert scores["per_class"] == [50, 100, 0, None]
+        assert [scores[key] for key in ("many", "medium", "few")] == groups
+        assert scores["top1"] == 50 and scores["per_class"] == [50, 100, 0, 50, None]
 
-# ---- flags reach what they are for
+# ---- flags reach what they are for; table and plot
 
 ACTS = [(method, text.split()) for method, text in [  # a flag and the settings that it changes
     ("ce", "--lr 0.05 lr"), ("ce", "--weight-decay 0.01 weight_decay"), ("ce", "--seed 5 seed"),
@@ -1341,8 +1224,7 @@ def test_run_names_of_the_published_default_stay():
     assert [kd_lt.run_name(one) for one in (config, teacher)] == [
         "cifar100-imb100-bkd-resnet32-from-resnet32-ce-e200-s0-1021e8ee",
         "cifar100-imb100-ce-resnet32-e200-s1000-40ae7c4b"]
-
-# ---- table and plot
+    assert kd_lt.run_name(config) != kd_lt.run_name(replace(config, precision="fp32"))
 
 def stored(folder, text, top1, teachers=()):
     result = {"settings": asdict(config_of(text)), "version": "2.0.0", "devices": ["a GPU"]}
@@ -1414,17 +1296,17 @@ def test_same_numbers_again(twice):
         assert checkpoint == second[name][0] and result == second[name][2]
         assert all("top1" in row for row in tested) and "top1" not in rows[0]
         assert rows == [{k: row[k] for k in rows[i]} for i, row in enumerate(tested)]
-        assert rows[-1]["top1"] == result["top1"] == pytest.approx(np.mean(result["per_class"]))
+        assert rows[-1]["top1"] == result["top1"] == approx(np.mean(result["per_class"]))
         assert {"few", "devices", "version", "teachers"} < result.keys()
     assert len({str([row["loss"] for row in one[1]]) for one in first.values()}) == 11
 
 def test_teachers_are_shared_and_finished_runs_not_repeated(tiny, twice):
     trained = [out.count("epochs, in ") for out in twice[2].values()]
     assert trained == [1, 1, 2, 1, 3, 2, 1]  # itself and new teachers, in the order of METHODS
-    before = {path: path.stat().st_mtime_ns for path in files(twice[0])}
+    before = {path: (twice[0] / path).stat().st_mtime_ns for path in files(twice[0])}
     _, out = finish(flags(tiny, twice[0], "--method bkd"))
     assert "finished before" in out and "epochs, in" not in out
-    assert {path: path.stat().st_mtime_ns for path in files(twice[0])} == before
+    assert {path: (twice[0] / path).stat().st_mtime_ns for path in files(twice[0])} == before
 
 def test_half_of_the_teachers_see_distorted_colours(tiny, tmp_path, monkeypatch):
     calls, distort = [], data.distort_colour
@@ -1436,15 +1318,11 @@ def test_half_of_the_teachers_see_distorted_colours(tiny, tmp_path, monkeypatch)
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("method", ["bkd", "krdistill"])
 def test_teacher_and_global_generators_stay(finished, tiny, tmp_path, monkeypatch, method, given):
-    def state():
-        generators = torch.get_rng_state().tolist(), np.random.get_state(), random.getstate()
-        return files(teacher), str(generators)
-
     teacher = shutil.copytree(finished[0], tmp_path / finished[0].name)
-    loaded, load_run, before = [], kd_lt.load_run, state()
+    before, loaded, load_run = (files(teacher), global_generators()), [], kd_lt.load_run
     monkeypatch.setattr(kd_lt, "load_run", lambda *own: loaded.append(load_run(*own)) or loaded[-1])
     finish(flags(tiny, tmp_path, f"--method {method}" + f" --teacher-checkpoint {teacher}" * given))
-    assert state() == before and len(loaded) == 1
+    assert (files(teacher), global_generators()) == before and len(loaded) == 1
     weights = torch.load(teacher / "last.pt", weights_only=True)["student"]
     assert plain(dict(loaded[0].state_dict())) == plain(dict(weights))
     assert not any(module.training for module in loaded[0].modules())
@@ -1593,33 +1471,29 @@ def test_one_writer(tiny, tmp_path):
 # ---- wrong input
 
 RANGES = {  # of each flag: values out of range or unknown, which the message must name
-    "--imb": "0.5 nan inf many 0 -3 201", "--epochs": "0 -1 1.5 x", "--batch-size": "0 -1 2.5 x",
-    "--lr": "0 -1 nan inf x", "--weight-decay": "-1 nan inf x", "--temperature": "0 -1 nan inf x",
-    "--alpha": "-1 nan inf x", "--beta": "-1 1 nan inf x", "--bkd-start": "-0.1 1.1 nan x",
-    "--seed": "-1 1.5 99999999999 x", "--subset-seed": "-1 0.5 4294967296 x",
-    "--eval-every": "0 1.5 x", "--method": "dkd", "--imb-type": "linear", "--student": "resnet18",
-    "--teacher": "vgg8", "--teacher-method": "kd", "--device": "tpu", "--precision": "fp64",
-    "--nonsense": "1", "--epoch": "1", "--temp": "2", "--data": "x"}
+    "--imb": "0.5 nan inf many 201", "--epochs": "0 1.5", "--batch-size": "0 2.5", "--lr": "0 nan",
+    "--weight-decay": "-1 inf", "--temperature": "0 nan inf", "--alpha": "-1 inf x",
+    "--beta": "-1 1 nan", "--bkd-start": "-0.1 1.1 nan", "--seed": "-1 1.5 99999999999",
+    "--subset-seed": "-1 0.5 4294967296", "--eval-every": "0 1.5", "--method": "dkd",
+    "--imb-type": "linear", "--student": "resnet18", "--teacher": "vgg8", "--teacher-method": "kd",
+    "--device": "tpu", "--precision": "fp64", "--nonsense": "1", "--epoch": "1", "--temp": "2"}
 IGNORED = {  # by the method, or out of its own range
-    "ce": "--alpha 1, --beta 0.9, --gamma 1, --power 1, --temperature 2, --bkd-start 0, --teacher "
-    "resnet8, --teacher-method ce, --num-teachers 1, --teacher-checkpoint x",
-    "kd": "--beta 0.9, --power 1, --num-teachers 2, --teacher-checkpoint a b, "
-    "--teacher-checkpoint, --teacher resnet8 --teacher-checkpoint x",
+    "ce": "--alpha 1, --bkd-start 0, --teacher resnet8, --teacher-method ce, --num-teachers 1, "
+    "--teacher-checkpoint x",
+    "kd": "--beta 0.9, --num-teachers 2, --teacher-checkpoint a b, --teacher-checkpoint, "
+    "--teacher resnet8 --teacher-checkpoint x",
     "bkd": "--gamma 1, --beta 1", "dive": "--bkd-start 0.5, --alpha 1.5, --power -1, --power inf",
-    "cbd": "--temperature 2, --num-teachers 0, --num-teachers 1.5, --alpha 1.5",
-    "krdistill": "--beta 1, --gamma -1, --gamma inf"}
+    "cbd": "--temperature 2, --num-teachers 0, --alpha 1.5", "krdistill": "--beta 1, --gamma -1"}
 BAD = [(f"{flag} {value}", flag) for flag, text in RANGES.items() for value in text.split()]
 BAD += [(f"--method {method} {one}", one.split()[0])
         for method, text in IGNORED.items() for one in text.split(", ")]
 BAD += [(f"{text} {named}", named) for text, named in [
-    ("--dataset", "mnist"), ("--dataset", "absent.npz"), ("--table", "absent"), ("--table", "."),
-    ("--plot x.png", "absent"), ("--plot", "x.txt"), ("", "unexpected")]]
+    ("--dataset", "mnist"), ("--dataset", "absent.npz"), ("--table", "absent"), ("--plot", "x.txt"),
+    ("", "unexpected")]]
 
 @pytest.mark.parametrize("text, named", BAD)
 def test_bad_flag(tmp_path, monkeypatch, text, named):
     monkeypatch.chdir(tmp_path)
-    if "x.png" in text:
-        pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     refused(["--smoke", "--runs-dir", "runs", "--device", "cpu", *text.split()], named)
     assert not [*tmp_path.iterdir()]
 
@@ -1638,26 +1512,21 @@ def test_foreign_teacher(finished, failed, tiny, tmp_path):
         assert re.search(reason, refused(flags(tiny, new, text), teacher)[1])
         assert not new.exists()
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
-
-def test_damaged_teacher(finished, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    whole, file, buffers = (finished[0] / "last.pt").read_bytes(), tmp_path / "t.pt", []
+def test_damaged_teacher(finished, tiny, tmp_path):
+    whole, file = (finished[0] / "last.pt").read_bytes(), tmp_path / "t.pt"
     content = torch.load(finished[0] / "last.pt", weights_only=True)
-    for wrong in (content | {"more": Evil()}, content["student"]):  # the last: another program's
-        buffers.append(io.BytesIO())
-        torch.save(wrong, buffers[-1])
-    for raw in [b"", b"garbage", whole[:-1], whole[:1000], pickle.dumps(Evil(), 2),
-                *(buffer.getvalue() for buffer in buffers)]:
-        file.write_bytes(raw)
-        refused(flags(tiny, "runs", f"--method kd --teacher-checkpoint {file}"), file)
-        assert [*tmp_path.iterdir()] == [file]  # no runs, no trap
+    for wrong in (b"garbage", whole[:-1], pickle.dumps(Bomb(), 2), content | {"more": Bomb()},
+                  content["student"]):  # the last: another program's
+        if isinstance(wrong, bytes):
+            file.write_bytes(wrong)
+        else:
+            torch.save(wrong, file)
+        refused(flags(tiny, tmp_path / "runs", f"--method kd --teacher-checkpoint {file}"), file)
+        assert [*tmp_path.iterdir()] == [file]  # no runs
 
 @pytest.mark.parametrize("role, name, content", [
-    (1, "last.pt", b"garbage"), (1, "last.pt", None), (0, "last.pt", None), (1, "result.json", b""),
-    (1, "result.json", None), (1, "result.json", b"\xff"), (1, "result.json", b"[]")])
+    (1, "last.pt", b"garbage"), (1, "last.pt", None), (0, "last.pt", None),
+    (1, "result.json", None)])
 def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
     file = runs / finished[role].name / name  # of the teacher, the student
