@@ -878,6 +878,14 @@ def test_weights_load_with_and_without_batch_counters():
     with pytest.raises(RuntimeError, match="Unexpected key"):
         fresh.load_state_dict({**saved, "more": torch.zeros(1)})
 
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with open(path, "rb") as reader:
+        data.write_whole(path, b"newer")
+        assert reader.read() == b"old" and path.read_bytes() == b"newer"
+    assert [*tmp_path.iterdir()] == [path]
+
 # ---- files: own images, and small ones in the place of CIFAR's
 
 def make_npz(path, counts=(4, 2, 6), size=32, **changes):
@@ -923,6 +931,7 @@ def test_npz_thinned(tmp_path):
     ({"y_train": np.array([0, 2] * 6)}, "no image of class 1"),
     ({"y_train": np.zeros(12, int)}, "no image of class 1"),
     ({"y_test": np.array([0, 1, 3] * 2)}, "y_test has class 3"),
+    ({"y_test": np.array([0, 1, -2] * 2)}, "y_test has class -2"),
     ({"y_train": np.array([None] * 12, object)}, "y_train.*Object arrays")])
 def test_npz_bad_content(tmp_path, changes, message):
     with pytest.raises(InputError, match=f"(?s)bad.npz.*{message}"):
@@ -1224,7 +1233,8 @@ def test_run_names_of_the_published_default_stay():
     assert [kd_lt.run_name(one) for one in (config, teacher)] == [
         "cifar100-imb100-bkd-resnet32-from-resnet32-ce-e200-s0-1021e8ee",
         "cifar100-imb100-ce-resnet32-e200-s1000-40ae7c4b"]
-    assert kd_lt.run_name(config) != kd_lt.run_name(replace(config, precision="fp32"))
+    for changed in (replace(config, precision="fp32"), replace(config, data="0" * 16)):
+        assert kd_lt.run_name(config) != kd_lt.run_name(changed)
 
 def stored(folder, text, top1, teachers=()):
     result = {"settings": asdict(config_of(text)), "version": "2.0.0", "devices": ["a GPU"]}
