@@ -193,7 +193,10 @@ def alone(function):
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_loss_stands_alone(name):
-    check_against_oracle(name, make_case(3), alone(LOSSES[name][0].__name__))
+    function = LOSSES[name][0]
+    check_against_oracle(name, make_case(3), alone(function.__name__))
+    hyper = [v for key, v in kd_lt.METHODS[name].hyper.items() if key != "bkd_start"]
+    assert hyper == [*(function.__defaults__ or ())]  # the program's defaults are the loss's
 
 def test_identities():
     x = make_case(6, counts=[500, 120, 30, 8, 1])
@@ -510,6 +513,13 @@ def test_speed(request):
     print(f"ratio        {theirs / ours:9.2f} medians of 5 x {steps} steps; GPU memory {memory}")
     print(f"arithmetic   {speed:9.3f} TFLOP/s, {speed / peak:.0%} of a large matrix product's")
 
+@pytest.mark.parametrize("method", kd_lt.METHODS)
+def test_krdistill_knows_which_teachers_have_no_prior_in_them(small, method):
+    trainer = make_trainer(small, "krdistill")
+    config = replace(trainer.config, teachers=[{"method": method}])
+    again = kd_lt.Trainer(config, small, [*trainer.teachers], torch.device("cpu"))
+    assert torch.is_tensor(again.log_pi) == (method in ("bsce", "dive", "krdistill"))
+
 # ---- what a CUDA graph needs, and its capture with stand-ins for torch.cuda's functions
 
 @pytest.mark.parametrize("method", kd_lt.METHODS)
@@ -737,7 +747,7 @@ def random_images(count, seed=0, size=(32, 32)):
 @pytest.mark.parametrize("count, size, pad", [(60, 16, 2), (60, 32, 4), (60, 48, 6), (5, 128, 16)])
 def test_batches_are_crops_of_padded_images(count, size, pad, sampler):
     images, places = random_images(count, size=(size, size)), 2 * pad + 1
-    targets = torch.arange(count) // 2  # the last class may have one image
+    targets = torch.arange(count).sqrt().long()  # classes of 1, 3, 5, ... images
     class_counts = targets.bincount().tolist()
     batches = Batches(images, targets, class_counts, 8, "cpu", sampler)
     assert batches.sizes == [8] * (count // 8) + [count % 8]
@@ -859,13 +869,11 @@ def test_cosine_head():
     assert_close(head(features), expected, rtol=0, atol=1e-12)
     assert [name for name, _ in head.named_parameters()] == ["weight"]  # no bias, no learnt scale
 
-def test_shortcut_without_parameters():
-    block = models.BasicBlock(4, 9, 2, "pad")
-    nn.init.zeros_(block.bn2.weight)  # nothing passes but the shortcut
-    x = torch.rand(2, 4, 6, 6)
-    out = block(x)
-    assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2])
-    assert not out[:, :2].any() and not out[:, 6:].any()
+def test_a_block_in_plain_words():
+    block, x = models.BasicBlock(4, 9, 2, "pad").eval(), torch.randn(2, 4, 6, 6)
+    shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3))  # option A
+    inner = block.bn1(block.conv1(x)).relu()
+    assert_close(block(x), (block.bn2(block.conv2(inner)) + shortcut).relu())
 
 def test_weights_load_with_and_without_batch_counters():
     model, fresh = ResNet("resnet8x4", 5), ResNet("resnet8x4", 5)
@@ -875,8 +883,6 @@ def test_weights_load_with_and_without_batch_counters():
     for counters in ({}, {"blocks.0.bn1.num_batches_tracked": torch.tensor(7)}):  # of version 1
         fresh.load_state_dict({**saved, **counters})
         assert_close(fresh.state_dict(), saved, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        fresh.load_state_dict({**saved, "more": torch.zeros(1)})
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
     path = tmp_path / "file"
@@ -884,7 +890,6 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     with open(path, "rb") as reader:
         data.write_whole(path, b"newer")
         assert reader.read() == b"old" and path.read_bytes() == b"newer"
-    assert [*tmp_path.iterdir()] == [path]
 
 # ---- files: own images, and small ones in the place of CIFAR's
 
@@ -1129,10 +1134,6 @@ def test_every_readme_command_runs_with_smoke_added(command, readme_folder, monk
 def test_readme_test_commands():
     commands = [words.strip() for words in re.findall(r"python -m pytest[^#&|;`\n]*", README)]
     assert any(command in (HERE / ".ci" / "run").read_text() for command in commands)
-    for words in map(shlex.split, commands):
-        names = [words[i + 1] for i, word in enumerate(words) if word == "-k"]
-        for file in [HERE / word for word in words if word.endswith(".py")]:
-            assert all(re.search(rf"def test_\w*{name}", file.read_text()) for name in names)
 
 def test_readme_snippets_run_as_they_stand():
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
@@ -1181,14 +1182,14 @@ def test_one_epoch_on_real_cifar_100(tmp_path):
 def test_groups_are_by_training_count_and_absent_when_empty():
     class Fixed(torch.nn.Module):
         def forward(self, images):
-            return torch.eye(5)[[0, 1, 1, 1, 3, 0]], images
+            return torch.eye(5)[[0, 1, 1, 1, 0, 0]], images
 
     tests = torch.zeros(6, 3, 32, 32), torch.tensor([0, 0, 1, 2, 3, 3])
-    for counts, groups in (([101, 20, 19, 100, 5], [50, 75, 0]), ([200] * 5, [50, None, None])):
+    for counts, groups in (([101, 20, 19, 100, 5], [50, 50, 0]), ([200] * 5, [37.5, None, None])):
         part = data.Dataset("", None, None, *tests, counts, "")
         scores = kd_lt.evaluate(Fixed(), part, torch.device("cpu"), "fp32")
         assert [scores[key] for key in ("many", "medium", "few")] == groups
-        assert scores["top1"] == 50 and scores["per_class"] == [50, 100, 0, 50, None]
+        assert scores["top1"] == approx(100 / 3) and scores["per_class"] == [50, 100, 0, 0, None]
 
 # ---- flags reach what they are for; table and plot
 
@@ -1309,6 +1310,13 @@ def test_same_numbers_again(twice):
         assert rows[-1]["top1"] == result["top1"] == approx(np.mean(result["per_class"]))
         assert {"few", "devices", "version", "teachers"} < result.keys()
     assert len({str([row["loss"] for row in one[1]]) for one in first.values()}) == 11
+
+def test_the_result_is_the_last_test_not_the_best(tiny, tmp_path, monkeypatch):
+    top1, evaluate = [90.0, 10.0], kd_lt.evaluate
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: evaluate(*own) | {"top1": top1.pop(0)})
+    folder, _ = finish(flags(tiny, tmp_path, "--method ce --eval-every 1"))
+    assert json.loads((folder / "result.json").read_text())["top1"] == 10
+    assert not kd_lt.load_run(folder).training
 
 def test_teachers_are_shared_and_finished_runs_not_repeated(tiny, twice):
     trained = [out.count("epochs, in ") for out in twice[2].values()]
