@@ -632,7 +632,7 @@ def plot(file, folders):
         for i, (row, results) in enumerate(rows.items()):
             means = head_to_tail(results, 20)[1]
             axis.plot(means, marker="osv^Dx*P"[i % 8], label=f"{row}, n = {len(results)}")
-        axis.set(title=setting, xlabel="20 parts of the classes, most training images first",
+        axis.set(title=setting, xlabel="parts of the classes, most training images first",
                  ylabel="test accuracy in %, mean over seeds", ylim=(0, None))
         axis.legend(fontsize=8, title="krdistill is our reconstruction")
     figure.savefig(file, dpi=150)
