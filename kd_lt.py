@@ -157,7 +157,7 @@ def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
     class_means m, prototypes P: (C, D). Returns (B, D). Raises ValueError where shapes do not fit.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
-        raise ValueError(f"teacher_features {teacher_features.shape} by targets and prototypes")
+        raise ValueError(f"teacher_features {teacher_features.shape} do not fit targets, prototypes")
     if class_means.shape != prototypes.shape:
         raise ValueError(f"class_means: {class_means.shape}, not {prototypes.shape}")
     scale = (class_means - class_means.mean(0)).norm(dim=1).mean()
@@ -174,7 +174,7 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
     if counts.shape != teacher_logits.shape[1:] or listed and not counts.min() >= 1:
-        raise ValueError(f"class_counts: {teacher_logits.shape[1]} counts >= 1, not {class_counts}")
+        raise ValueError(f"class_counts: not {teacher_logits.shape[1]} counts >= 1: {class_counts}")
     if targets.shape != teacher_logits.shape[:1]:
         raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
     z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
@@ -254,7 +254,7 @@ class Trainer:
             self.student = ResNet(**self.network)
             if method.uses == "class means":
                 self.adapter = torch.nn.Linear(own_width, width)
-        contiguous = device.type == "cuda" and config.precision == "fp32"  # the faster there
+        contiguous = device.type == "cuda" and config.precision == "fp32"  # see pytorch issue 44943
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
         self.teachers = torch.nn.ModuleList(teachers).eval().requires_grad_(False)
         for module in self.teachers.modules():  # what autocast would cast in every step, cast once
