@@ -157,7 +157,7 @@ def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
     class_means m, prototypes P: (C, D). Returns (B, D). Raises ValueError where shapes do not fit.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
-        raise ValueError(f"teacher_features {teacher_features.shape} do not fit the others")
+        raise ValueError(f"teacher_features {teacher_features.shape} unfit for targets, prototypes")
     if class_means.shape != prototypes.shape:
         raise ValueError(f"class_means: {class_means.shape}, not {prototypes.shape}")
     scale = (class_means - class_means.mean(0)).norm(dim=1).mean()
