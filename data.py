@@ -266,13 +266,13 @@ def distort_colour(images: Tensor, draws: Tensor) -> Tensor:
     return pixels.unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
 
 class Batches:
-    """Shuffled, cropped, flipped, normalised training batches, made on the device without a copy.
+    """Shuffled, cropped, flipped, normalised training batches, made on the device by one gather.
 
     images uint8 (N, 3, S, S), targets int64 (N,). A crop is (S, S), of the image padded by S // 8,
     at least 2. An epoch is N draws: sampler "instance" takes every image once, "class" draws with
     replacement so that every class is expected N / C times. colour adds distort_colour. shuffle()
     draws an epoch's random numbers on the CPU: a seed gives the same batches on every device.
-    next() only reads tensors that keep their place: it can be captured in a CUDA graph.
+    next() uses only tensors that keep their place: it can be captured in a CUDA graph.
     """
     def __init__(self, images: Tensor, targets: Tensor, class_counts: list[int], batch_size: int,
                  device: torch.device | str, sampler: str, colour: bool = False):

@@ -11,10 +11,10 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 
@@ -56,11 +56,11 @@ def effective_number_weights(class_counts: list[float] | torch.Tensor,
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
-    if counts.ndim != 1 or listed and not counts.min() >= 1:
+    if counts.ndim != 1 or listed and not (counts >= 1).all():
         raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
-    log_beta = math.log(beta) if beta else -math.inf
+    log_beta = counts.new_full((), beta).log()
     v = (1 - beta) / -torch.expm1(counts * log_beta)  # expm1 stays exact where beta^n is near 1
     return len(counts) * v / v.sum()
 
@@ -111,7 +111,7 @@ def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
-    if counts.shape != logits.shape[1:] or listed and not counts.min() >= 1:
+    if counts.shape != logits.shape[1:] or listed and not (counts >= 1).all():
         raise ValueError(f"class_counts must be {logits.shape[1]} numbers >= 1, not {class_counts}")
     log_pi = (counts / counts.sum()).log().to(logits)
     return F.cross_entropy(logits + log_pi, targets)
@@ -135,7 +135,7 @@ def dive_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target
     return (1 - alpha) * balanced_softmax_loss(student_logits, targets, class_counts) + alpha * kl
 
 def balanced_prototypes(class_means: torch.Tensor) -> torch.Tensor:
-    """The arrangement of C classes that favours no direction and is nearest to the teacher's own.
+    """A balanced arrangement of C classes near the teacher's own: no direction is much favoured.
 
     Our reconstruction of the abstract's "balanced category priors": M_c = m_c - mean_c m_c, thin
     SVD M = U S V^T, P = U V^T, rows scaled to length 1; for D >= C - 1 the simplex ETF, in which
@@ -173,7 +173,7 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
-    if counts.shape != teacher_logits.shape[1:] or listed and not counts.min() >= 1:
+    if counts.shape != teacher_logits.shape[1:] or listed and not (counts >= 1).all():
         raise ValueError(f"class_counts: not {teacher_logits.shape[1]} counts >= 1: {class_counts}")
     if targets.shape != teacher_logits.shape[:1]:
         raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
@@ -208,10 +208,10 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
     bsce = balanced_softmax_loss(student_logits, targets, class_counts)
     return bsce + alpha * l_lrd + gamma * l_rrd
 
-# ---- 2 methods: a new one is a loss above, an entry here and a case in Trainer.loss
+# ---- 2 methods: a new one is a loss, an entry here, a case in Trainer.loss, its new flags in FLAGS
 # hyper: the loss's hyperparameters and their defaults. teacher: the method that trains its teacher
 # by default. sampler: "instance" takes each image once an epoch, "class" all classes equally often.
-# head: the classifier of both networks. uses: what of the teacher the loss uses beside the logits.
+# head: the classifier of both networks. uses: "features" of the teachers, or their "class means".
 Method = make_dataclass("Method", ["hyper", "teacher", "sampler", "head", "uses"], frozen=True)
 SOFT = {"temperature": 2.0, "alpha": 1.0}
 METHODS = {
@@ -226,8 +226,8 @@ METHODS = {
 BKD_START = {"cifar10": 0.8}  # the share of epochs before BKD's weights act there, as in its code
 
 # ---- 3 training
-# All that decides the numbers of a run; its digest ends the run folder's name. data: digest of the
-# images. colour: SimCLR's distortion. teachers: of each its network, method, head, colour and seed.
+# All that decides the numbers of a run; its digest ends the folder's name. data: digest of images.
+# colour: SimCLR's distortion. teachers: network, method, head, colour, seed or checkpoint of each.
 Config = make_dataclass("Config", [
     "dataset", "data", "imb", "imb_type", "subset_seed", "method", "hyper", "network", "head",
     "teachers", "seed", "epochs", "batch_size", "lr", "weight_decay", "precision", "colour",
@@ -277,7 +277,7 @@ class Trainer:
         if method.uses == "class means":
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
-            # A teacher trained on z + log pi has no log pi in its z: add what rectify_logits takes.
+            # Balanced softmax keeps log pi out of z: add it, because rectify_logits subtracts it.
             balanced = config.teachers[0]["method"] in ("bsce", "dive", "krdistill")
             shares = self.class_counts / self.class_counts.sum()
             self.log_pi = shares.log().float() if balanced else 0.0
@@ -347,6 +347,7 @@ class Trainer:
         graphs = {size: torch.cuda.CUDAGraph() for size in sizes}
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         with torch.cuda.stream(stream), torch.enable_grad():
             try:
                 for mode in ("default", "default", "error"):  # warm-up; the last forbids waiting
@@ -362,7 +363,7 @@ class Trainer:
                     wait = wait.tb_next
                 place = f"{wait.tb_frame.f_code.co_filename}, line {wait.tb_lineno}"
                 print(f"slower   {place}, waits for the GPU: no CUDA graph is used", flush=True)
-                graphs = {}
+                graphs, wait = {}, None  # wait keeps the memory of a step
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(stream)
@@ -416,10 +417,10 @@ def train(config, data, teachers, folder, device, eval_every):
         for size in trainer.batches.sizes:
             step(size)
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, config.epochs, config.lr)}
-        row["loss"] = trainer.loss_sum.item() / images  # the first wait for the device in an epoch
+        row["loss"] = trainer.loss_sum.item() / images  # waits until the device is done
         row["train_top1"] = 100 * trainer.correct.item() / images
         row["images_per_second"] = round(images / (time.perf_counter() - began))
-        if not math.isfinite(row["loss"]):
+        if not trainer.loss_sum.isfinite():
             sys.exit(f"kd_lt.py: the loss is {row['loss']} in epoch {epoch + 1}: try a smaller --lr"
                      f" or --alpha; {folder} keeps the checkpoint of the epoch before, if any")
         if epoch + 1 == config.epochs or (epoch + 1) % eval_every == 0:
@@ -493,7 +494,7 @@ def save(trainer, folder, epoch, seconds, devices):
     torch.save(content | {"seconds": seconds, "devices": devices}, buffer)
     write_whole(folder / "last.pt", buffer.getvalue())
 
-def read(path):
+def read(path, needed="settings"):
     """A result.json, last.pt or folder of one; "config" is its Config. Runs no code from it."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     try:
@@ -501,19 +502,19 @@ def read(path):
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content |= {"config": Config(**content["settings"]), "file": path}
+        content |= {"config": Config(**content["settings"]), "file": path, needed: content[needed]}
         METHODS[content["config"].method]
         return content
     except Exception as error:  # a missing or damaged file makes torch.load raise a dozen types
-        raise InputError(f"{path}: not a whole file of this version of kd_lt.py; move it away or "
-                         f"name another ({error!r:.150})") from None
+        raise InputError(f"{path}: missing, damaged or not of this version of kd_lt.py; name "
+                         f"another or move it away ({error!r:.150})") from None
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
     """The trained network of a run folder or its last.pt, in eval mode, or InputError.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
     """
-    content = read(path)
+    content = read(path, "student")
     with torch.random.fork_rng(devices=[]):
         model = ResNet(**content["network"])
     model.load_state_dict(content["student"])
@@ -538,7 +539,7 @@ def resume(trainer, folder):
 
 def given_teacher(path, config):
     """What a --teacher-checkpoint is, after a check that it fits the student's data and head."""
-    content = read(path)
+    content = read(path, "student")
     teacher, problem = content["config"], ""
     for key in ("head", "data", "subset_seed", "imb_type", "imb", "dataset"):
         if getattr(teacher, key) != getattr(config, key):
@@ -581,7 +582,7 @@ def print_rows(rows):
     print(f"{'training images':<{width + len(images)}}" + "".join(f"{n:6}" for n in images))
     for name, results in rows.items():
         means = head_to_tail(results, 10)[1]
-        bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil((mean or 0) / 12.5)] for mean in means)
+        bars = "".join(" " if m is None else "▁▂▃▄▅▆▇█"[min(7, int(m / 12.5))] for m in means)
         numbers = "".join(f"{'-' if mean is None else round(mean):>6}" for mean in means)
         print(f"{name:<{width}}{bars}{numbers}")
     print("```\n", flush=True)
@@ -614,7 +615,7 @@ def table(folders):
               "mean ± sample standard deviation over n seeds. krdistill is our reconstruction.\n")
         print_rows(rows)
         best = {row: [max(r["tests"].values()) for r in results] for row, results in rows.items()}
-        print("Best test epoch instead of the last (chosen on the test set, only to compare with "
+        print("Best tested epoch instead of the last (chosen on the test set, only to compare with "
               f"such numbers): {', '.join(f'{row} {spread(best[row])}' for row in best)}.\n")
 
 def plot(file, folders):
@@ -642,7 +643,7 @@ def plot(file, folders):
 COUNT, WEIGHT, SEED = (1, 1e9), (0, 1e9), (0, 2**32 - 1)
 FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "method": ("bkd", str, METHODS, "see below"),
-    "dataset": ("cifar100", str, None, "or cifar10, synthetic, FILE.npz: x_train (uint8), y_..."),
+    "dataset": ("cifar100", str, None, "or cifar10, synthetic, FILE.npz (see README)"),
     "imb": (100.0, float, (1, 1e9), "images of the largest class over those of the smallest"),
     "imb_type": ("exp", str, ("exp", "step"), "how the classes shrink"),
     "subset_seed": (0, int, SEED, "which images are kept; 0: the published ones"),
@@ -650,8 +651,8 @@ FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "teacher": (None, str, NETWORKS, "resnet32, unless given"),
     "teacher_method": (None, str, ("ce", "bsce"), "ce, but for dive bsce, unless given"),
     "num_teachers": (None, int, COUNT, "cbd: 1, unless given; half of them see distorted colours"),
-    "seed": (0, int, SEED, "of all that is random"),
-    "epochs": (200, int, COUNT, "of teacher and student, as are the next three"),
+    "seed": (0, int, SEED, "of weights, batches, augmentation; teachers: seed + 1000, 2000, ..."),
+    "epochs": (200, int, COUNT, "of teacher and student, as are batch size, lr and decay"),
     "batch_size": (128, int, COUNT, "images in a step"),
     "lr": (0.1, float, (1e-6, 1e9), "the highest learning rate"),
     "weight_decay": (2e-4, float, WEIGHT, "on all parameters"),
@@ -743,8 +744,7 @@ def choose_device(args):
         if args.device == "cuda":
             raise InputError(f"--device cuda: {reason}")
         if any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")):
-            print(f"warning  on the CPU, many times slower: torch cannot use this NVIDIA driver. "
-                  f"Update it or install a torch that fits ({reason})", file=sys.stderr)
+            print(f"warning  NVIDIA GPU not used, many times slower: {reason}", file=sys.stderr)
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)

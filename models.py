@@ -13,7 +13,7 @@
     resnet8x4         8                1,210,410     1,233,540        256
     resnet32x4       32                7,410,730     7,433,860        256
 
-The first seven are He et al. 2015 (arXiv 1512.03385), section 4.2: 16-32-64 channels, "option A"
+The first seven follow He et al. 2015 (arXiv 1512.03385), section 4.2: 16-32-64 channels, "option A"
 shortcuts. The wide pair of the distillation literature: stem 32, 64-128-256, 1x1 convolutions.
 """
 from typing import NamedTuple
@@ -117,9 +117,9 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 @torch.no_grad()
 def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
     """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
-    outputs = []
+    outputs, pixels = [], 5_120_000 if device.type == "cuda" else 256_000  # of each part
     model.eval()
-    for part in images.split(5000 if device.type == "cuda" else 500):
+    for part in images.split(pixels // images.shape[-1] ** 2):
         with mixed_precision(device, precision):
             outputs.append(model(normalise(part.to(device))))
     return Output(*map(torch.cat, zip(*outputs, strict=True)))
