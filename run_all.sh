@@ -20,7 +20,7 @@ DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
 TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
 RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
 "$PYTHON" -c "import torch" || exit
-[ -f kd_lt.py ] || cd "$(dirname "$0")" || exit  # Slurm runs a copy from elsewhere
+[ -f kd_lt.py ] || cd "$(dirname "$0")" || exit  # Slurm runs a copy elsewhere: then stay here
 busy=0 failed=0
 for seed in $SEEDS; do
   for method in $METHODS; do
