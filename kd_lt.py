@@ -446,16 +446,13 @@ def run(config, data, args, device, role="student"):
             print(f"{what}: finished before, not trained again; {folder}", flush=True)
             return folder
         if not (folder / "config.json").exists():
-            versions = {"kd_lt": VERSION, "python": sys.version, "torch": torch.__version__}
-            about = {"settings": asdict(config), "command": " ".join(sys.argv)}
-            about |= {"versions": versions, "device": machine(device)}
-            write_json(folder / "config.json", about)
+            about = {"settings": asdict(config), "version": VERSION, "device": machine(device)}
+            write_json(folder / "config.json", about | {"command": " ".join(sys.argv)})
         paths = args.teacher_checkpoint or [
             run(replace(config, hyper={}, teachers=[], **teacher), data, args, device, "teacher")
             for teacher in config.teachers]
         teachers = [load_run(path, device) for path in paths]
-        results = [{"network": known["network"], "method": known["method"]}
-                   | evaluate(teacher, data, device, config.precision)
+        results = [known | evaluate(teacher, data, device, config.precision)
                    for known, teacher in zip(config.teachers, teachers, strict=True)]
         print(f"{what}, {config.epochs} epochs, in {folder}", flush=True)
         result = {"settings": asdict(config), "version": VERSION, "teachers": results}
@@ -696,18 +693,21 @@ def parse_flags(argv):
     return args
 
 def check_flags(parser, args):
-    """Refuse what is out of range, and what the method ignores: it would spoil an experiment."""
+    """Refuse what is out of range, and what would do nothing: it would spoil an experiment."""
     method, given = METHODS[args.method], args.teacher_checkpoint or []
     ignored = {key for other in METHODS.values() for key in other.hyper} - method.hyper.keys()
-    ignored |= {"num_teachers"} if args.method != "cbd" else set()
-    if given or not method.teacher:
-        ignored |= {"teacher", "teacher_method", "num_teachers"}
+    ignored |= {"num_teachers"} if given or args.method != "cbd" else set()
+    ignored |= {"teacher", "teacher_method"} if given or not method.teacher else set()
+    ignored |= {"imb_type", "subset_seed"} if args.imb == 1 else set()
+    if args.plot or args.table is not None:
+        ignored = FLAGS.keys() - {"runs_dir"}
     if given and not method.teacher or len(given) > 1 and args.method != "cbd":
         parser.error(f"--teacher-checkpoint: too many teachers for --method {args.method}")
     for name, (_, kind, allowed, _) in FLAGS.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if name in ignored and value is not None:
-            parser.error(f"{flag}: leave it out, it does nothing with --method {args.method} here")
+        if name in ignored and value != parser.get_default(name):
+            parser.error(f"{flag}: leave it out, with --method {args.method}, --imb {args.imb:g} "
+                         "and the other flags it does nothing")
         if kind is not str and value is not None:
             low, high = allowed[0], HIGHEST.get((args.method, name), allowed[1])
             if not low <= value <= high:  # true for nan, too
@@ -775,9 +775,9 @@ def main(argv: list[str]) -> int:
     try:
         if args.plot:
             plot(args.plot[0], args.plot[1:] or [args.runs_dir])
-        elif args.table is not None:
+        if args.table is not None:
             table(args.table or [args.runs_dir])
-        else:
+        elif not args.plot:
             train_and_report(args)
         sys.stdout.flush()  # here, where a failure can still be told
         return 0
