@@ -69,10 +69,10 @@ def bkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets
              alpha: float = 1.0, beta: float = 0.9999) -> torch.Tensor:
     """BKD: CE(z, y) + alpha KL_T(q, z), q the re-weighted teacher (arXiv 2104.10510, its code).
 
-    q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights by
-    class column: by an image's label they would cancel. KL_T: see kd_loss. student_logits z,
-    teacher_logits: (B, C) float. targets y: (B,) int64. class_counts: C numbers. Scalar, mean over
-    the batch. ValueError: shapes that do not fit, counts < 1, temperature <= 0, beta not in [0, 1).
+    q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights: one
+    for each class c, because that of an image's label would cancel. KL_T: see kd_loss.
+    student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64. class_counts: C numbers.
+    Scalar, mean over the batch. ValueError: as in kd_loss; counts < 1, beta not in [0, 1).
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -152,9 +152,9 @@ def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
                      class_means: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
     """Move each feature vector from its class mean to its class's balanced place.
 
-    Our reconstruction: r = norm(t - m_y + s P_y) with s = mean_c |m_c - mean_c m_c|; what sets an
-    image apart from its class stays. teacher_features t: (B, D) float. targets y: (B,) int64.
-    class_means m, prototypes P: (C, D). Returns (B, D). Raises ValueError where shapes do not fit.
+    Our reconstruction: t - m_y + a P_y, scaled to length 1; a: mean distance of the m_c from their
+    centre. teacher_features t: (B, D) float. targets y: (B,) int64. class_means m: (C, D), the mean
+    t of training images. prototypes P: balanced_prototypes(m). Returns (B, D). ValueError: shapes.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
         raise ValueError(f"teacher_features {teacher_features.shape} unfit for targets, prototypes")
@@ -168,8 +168,9 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     """Take the class prior out of the teacher's logits, then let the true class rank first.
 
     Our reconstruction: z~ = teacher_logits - log pi, pi_c = n_c / sum n; where its largest entry is
-    not the true class's, the two change places. teacher_logits: (B, C) float. targets: (B,) int64.
-    class_counts n: C numbers. Returns (B, C). Raises ValueError for other shapes, counts below 1.
+    not the true class's, the two change places. For a teacher trained with balanced softmax, pass
+    teacher_logits + log pi: its own hold no prior. teacher_logits: (B, C) float. targets: (B,)
+    int64. class_counts n: C numbers. Returns (B, C). ValueError: other shapes, counts below 1.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
@@ -188,11 +189,11 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
                    ) -> torch.Tensor:
     """KRDistill, our reconstruction: CE(z + log pi, y) + alpha L_LRD + gamma L_RRD.
 
-    From the abstract of arXiv 2409.07694, all we had of the paper. L_LRD is the KL_T of kd_loss
-    to the rectify_logits, L_RRD = mean_B(1 - cos(g, r)). student_logits z, teacher_logits: (B, C)
-    float. student_features g: (B, D), mapped linearly to the teacher's width. rectified_features r:
-    (B, D), of rectify_features. targets y: (B,) int64. class_counts: C numbers. Scalar, mean over
-    the batch. ValueError: shapes that do not fit, counts < 1, temperature <= 0.
+    From the abstract of arXiv 2409.07694, all we had of the paper. L_LRD: KL_T(q, z) as in kd_loss,
+    q = softmax(rectify_logits / T). L_RRD: mean_B(1 - cos(g, r)). student_logits z, teacher_logits
+    (see rectify_logits): (B, C) float. student_features g: (B, D), mapped to the teacher's width by
+    a learned Linear. rectified_features r: (B, D), of rectify_features. targets y: (B,) int64.
+    class_counts: C numbers. Scalar, mean over the batch. ValueError: as in kd_loss, counts < 1.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -212,21 +213,21 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
 # hyper: the loss's hyperparameters and their defaults. teacher: the method that trains its teacher
 # by default. sampler: "instance" takes each image once an epoch, "class" all classes equally often.
 # head: the classifier of both networks. uses: "features" of the teachers, or their "class means".
-Method = make_dataclass("Method", ["hyper", "teacher", "sampler", "head", "uses"], frozen=True)
+Method = make_dataclass("Method", ["hyper", ("teacher", str, ""), ("sampler", str, "instance"),
+                                   ("head", str, "linear"), ("uses", str, "")], frozen=True)
 SOFT = {"temperature": 2.0, "alpha": 1.0}
 METHODS = {
-    "ce": Method({}, "", "instance", "linear", ""),
-    "bsce": Method({}, "", "instance", "linear", ""),
-    "kd": Method(SOFT, "ce", "instance", "linear", ""),
-    "bkd": Method(SOFT | {"beta": 0.9999, "bkd_start": 0.0}, "ce", "instance", "linear", ""),
+    "ce": Method({}), "bsce": Method({}),  # without a teacher
+    "kd": Method(SOFT, "ce"),
+    "bkd": Method(SOFT | {"beta": 0.9999, "bkd_start": 0.0}, "ce"),
     "cbd": Method({"alpha": 0.4, "beta": 100.0}, "ce", "class", "cosine", "features"),
-    "dive": Method(SOFT | {"alpha": 0.5, "power": 0.5}, "bsce", "instance", "linear", ""),
-    "krdistill": Method(SOFT | {"gamma": 2.0}, "ce", "instance", "linear", "class means"),
+    "dive": Method(SOFT | {"alpha": 0.5, "power": 0.5}, "bsce"),
+    "krdistill": Method(SOFT | {"gamma": 2.0}, "ce", uses="class means"),
 }
 BKD_START = {"cifar10": 0.8}  # the share of epochs before BKD's weights act there, as in its code
 
 # ---- 3 training
-# All that decides the numbers of a run; its digest ends the folder's name. data: digest of images.
+# What decides a run's numbers, besides the device and its threads. data: a digest of the images.
 # colour: SimCLR's distortion. teachers: network, method, head, colour, seed or checkpoint of each.
 Config = make_dataclass("Config", [
     "dataset", "data", "imb", "imb_type", "subset_seed", "method", "hyper", "network", "head",
@@ -247,7 +248,7 @@ class Trainer:
         width, own_width = sum(t.num_features for t in teachers), NETWORKS[config.network][2][-1]
         self.network = {"name": config.network, "num_classes": num_classes, "head": config.head}
         if method.uses == "features" and width != own_width:
-            self.network["projection"] = width
+            self.network["projection"] = width  # as many features as all teachers together
         self.adapter = torch.nn.Identity()
         with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
             torch.manual_seed(config.seed)
@@ -257,7 +258,7 @@ class Trainer:
         contiguous = device.type == "cuda" and config.precision == "fp32"  # see pytorch issue 44943
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
         self.teachers = torch.nn.ModuleList(teachers).eval().requires_grad_(False)
-        for module in self.teachers.modules():  # what autocast would cast in every step, cast once
+        for module in self.teachers.modules():  # cast once: autocast would in every step
             if isinstance(module, torch.nn.Conv2d) and config.precision == "bf16":
                 module.bfloat16()
         for network in (self.student, self.teachers):
@@ -277,10 +278,9 @@ class Trainer:
         if method.uses == "class means":
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
-            # Balanced softmax keeps log pi out of z: add it, because rectify_logits subtracts it.
             balanced = config.teachers[0]["method"] in ("bsce", "dive", "krdistill")
             shares = self.class_counts / self.class_counts.sum()
-            self.log_pi = shares.log().float() if balanced else 0.0
+            self.log_pi = shares.log().float() if balanced else 0.0  # see rectify_logits
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), device=device)
         self.state = [*parameters, *self.student.buffers(), *self.momentum, self.batches.position,
@@ -363,7 +363,7 @@ class Trainer:
                     wait = wait.tb_next
                 place = f"{wait.tb_frame.f_code.co_filename}, line {wait.tb_lineno}"
                 print(f"slower   {place}, waits for the GPU: no CUDA graph is used", flush=True)
-                graphs, wait = {}, None  # wait keeps the memory of a step
+                graphs, wait = {}, None  # the traceback would keep a step's tensors alive
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(stream)
@@ -382,7 +382,7 @@ def class_means(model, data, device, precision):
     return (sums / sums.new_tensor(data.class_counts)[:, None]).float()
 
 def evaluate(model, data, device, precision):
-    """Test accuracies in %: top1; many, medium, few as means over their classes, None: no class."""
+    """Test accuracies in %: top1, per_class, and the mean of many, medium, few; None: no class."""
     targets, counts = data.test_targets, data.class_counts
     labels = predict(model, data.test_images, device, precision).logits.argmax(dim=1).cpu()
     hits = torch.bincount(targets[labels == targets], minlength=len(counts)).tolist()
@@ -409,7 +409,7 @@ def train(config, data, teachers, folder, device, eval_every):
     done, earlier, devices = resume(trainer, folder)
     step = trainer.capture() if device.type == "cuda" else trainer.step  # replayed from a graph
     data = data._replace(test_images=data.test_images.to(device))
-    images, scores, started = len(data.train_targets), None, time.perf_counter()
+    count, scores, started = len(data.train_targets), None, time.perf_counter()
     print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
     for epoch in range(done, config.epochs):
         began = time.perf_counter()
@@ -417,9 +417,9 @@ def train(config, data, teachers, folder, device, eval_every):
         for size in trainer.batches.sizes:
             step(size)
         row = {"epoch": epoch + 1, "lr": learning_rate(epoch, config.epochs, config.lr)}
-        row["loss"] = trainer.loss_sum.item() / images  # waits until the device is done
-        row["train_top1"] = 100 * trainer.correct.item() / images
-        row["images_per_second"] = round(images / (time.perf_counter() - began))
+        row["loss"] = trainer.loss_sum.item() / count  # waits until the device is done
+        row["train_top1"] = 100 * trainer.correct.item() / count
+        row["images_per_second"] = round(count / (time.perf_counter() - began))
         if not trainer.loss_sum.isfinite():
             sys.exit(f"kd_lt.py: the loss is {row['loss']} in epoch {epoch + 1}: try a smaller --lr"
                      f" or --alpha; {folder} keeps the checkpoint of the epoch before, if any")
@@ -438,7 +438,7 @@ def train(config, data, teachers, folder, device, eval_every):
     return scores | {"seconds": earlier + time.perf_counter() - started, "devices": devices}
 
 def run(config, data, args, device, role="student"):
-    """The folder of a run: it is finished, or is trained now, its teachers before it."""
+    """The folder of a finished run; without a result yet, its teachers and it are trained."""
     folder = Path(args.runs_dir) / run_name(config)
     what = f"{role:<8} {config.network}, {config.method}, seed {config.seed}"
     with lock(folder, wait=role == "teacher"):
@@ -471,7 +471,7 @@ def label(config):
     for teacher in config.teachers[:1]:
         parts += ["from", teacher["network"], teacher["method"]]
         parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
-        parts += ["given", teacher["checkpoint"]] if "checkpoint" in teacher else []
+        parts += [f"given-{t['checkpoint']}" for t in config.teachers if "checkpoint" in t]
     parts += [f"{k}{values[k]}" for k in usual if k in values and values[k] != usual[k]]
     return "-".join(parts)
 
@@ -492,15 +492,15 @@ def save(trainer, folder, epoch, seconds, devices):
     write_whole(folder / "last.pt", buffer.getvalue())
 
 def read(path, needed="settings"):
-    """A result.json, last.pt or folder of one; "config" is its Config. Runs no code from it."""
+    """The content of a result.json or last.pt and "config", its Config. Runs no code from it."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content |= {"config": Config(**content["settings"]), "file": path, needed: content[needed]}
-        METHODS[content["config"].method]
+        content |= {"config": Config(**content["settings"]), "file": path}
+        content[needed], METHODS[content["config"].method]  # KeyError: not such a file
         return content
     except Exception as error:  # a missing or damaged file makes torch.load raise a dozen types
         raise InputError(f"{path}: missing, damaged or not of this version of kd_lt.py; name "
@@ -580,7 +580,7 @@ def print_rows(rows):
     for name, results in rows.items():
         means = head_to_tail(results, 10)[1]
         bars = "".join(" " if m is None else "▁▂▃▄▅▆▇█"[min(7, int(m / 12.5))] for m in means)
-        numbers = "".join(f"{'-' if mean is None else round(mean):>6}" for mean in means)
+        numbers = "".join(f"{'-' if m is None else round(m):>6}" for m in means)
         print(f"{name:<{width}}{bars}{numbers}")
     print("```\n", flush=True)
 
@@ -591,7 +591,7 @@ def finished_runs(folders):
         paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
             raise InputError(f"{folder}: no finished run there (no result.json)")
-        for path in map(Path.resolve, paths):
+        for path in paths:
             result = read(path)
             c = result["config"]
             setting = (f"{c.dataset} ({c.data}), imb {c.imb:g}, {c.network}, {c.epochs} epochs, "
@@ -599,7 +599,7 @@ def finished_runs(folders):
             place = order.index(c.method), label(c).replace(f"-{c.network}", "", 1)
             lines = map(json.loads, path.with_name("log.jsonl").read_text().splitlines()[1:])
             result["tests"] = {line["epoch"]: line["top1"] for line in lines if "top1" in line}
-            settings.setdefault(setting, {}).setdefault(place, {})[path] = result  # once a path
+            settings.setdefault(setting, {}).setdefault(place, {})[run_name(c)] = result  # once
     return {setting: {place[1]: list(rows[place].values()) for place in sorted(rows)}
             for setting, rows in sorted(settings.items())}
 
@@ -645,9 +645,9 @@ FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "imb_type": ("exp", str, ("exp", "step"), "how the classes shrink"),
     "subset_seed": (0, int, SEED, "which images are kept; 0: the published ones"),
     "student": ("resnet32", str, NETWORKS, "the network that is distilled, or trained alone"),
-    "teacher": (None, str, NETWORKS, "resnet32, unless given"),
-    "teacher_method": (None, str, ("ce", "bsce"), "ce, but for dive bsce, unless given"),
-    "num_teachers": (None, int, COUNT, "cbd: 1, unless given; half of them see distorted colours"),
+    "teacher": (None, str, NETWORKS, "the network that teaches; default resnet32"),
+    "teacher_method": (None, str, ("ce", "bsce"), "how it is trained; default ce, for dive bsce"),
+    "num_teachers": (None, int, COUNT, "of cbd; default 1; the second half see distorted colours"),
     "seed": (0, int, SEED, "of weights, batches, augmentation; teachers: seed + 1000, 2000, ..."),
     "epochs": (200, int, COUNT, "of teacher and student, as are batch size, lr and decay"),
     "batch_size": (128, int, COUNT, "images in a step"),
@@ -661,7 +661,7 @@ FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "bkd_start": (None, float, (0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
     "device": ("auto", str, ("auto", "cpu", "cuda"), "a GPU, if there is one"),
     "precision": ("auto", str, ("auto", "fp32", "bf16"), "bf16, where the hardware has it"),
-    "eval_every": (None, int, COUNT, "epochs between tests: 1, on a CPU 5, unless given"),
+    "eval_every": (None, int, COUNT, "epochs between tests; default 1, on a CPU 5"),
     "data_dir": ("data", str, None, "where CIFAR is, or is downloaded to"),
     "runs_dir": ("runs", str, None, "where runs are kept"),
 }
@@ -706,8 +706,8 @@ def check_flags(parser, args):
     for name, (_, kind, allowed, _) in FLAGS.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if name in ignored and value != parser.get_default(name):
-            parser.error(f"{flag}: leave it out, with --method {args.method}, --imb {args.imb:g} "
-                         "and the other flags it does nothing")
+            parser.error(f"{flag} does nothing with the other flags (--method {args.method}, "
+                         f"--imb {args.imb:g}): leave it out")
         if kind is not str and value is not None:
             low, high = allowed[0], HIGHEST.get((args.method, name), allowed[1])
             if not low <= value <= high:  # true for nan, too
@@ -728,7 +728,7 @@ def make_config(args, data, precision):
     teacher = {"network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
                "method": args.teacher_method or method.teacher, "head": method.head}
     total = (args.num_teachers or 1) if method.teacher else 0
-    return replace(config, teachers=[  # of a student's seed, a teacher would start as it does
+    return replace(config, teachers=[  # with the student's seed, one would start as the student
         teacher | {"seed": args.seed + 1000 * (k + 1), "colour": k >= total - total // 2}
         for k in range(total)])
 
@@ -783,7 +783,7 @@ def main(argv: list[str]) -> int:
         return 0
     except InputError as error:
         status, message = 2, str(error)
-    except RuntimeError as error:  # of torch, cuBLAS or cuDNN; a failed capture wraps it
+    except RuntimeError as error:  # of torch, cuBLAS or cuDNN; in a capture it is the context
         known = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
         if not any(text in f"{error} {error.__context__}" for text in known):
             raise

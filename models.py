@@ -117,7 +117,7 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 @torch.no_grad()
 def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
     """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
-    outputs, pixels = [], 5_120_000 if device.type == "cuda" else 256_000  # of each part
+    outputs, pixels = [], 2_048_000 if device.type == "cuda" else 256_000  # of each part
     model.eval()
     for part in images.split(pixels // images.shape[-1] ** 2):
         with mixed_precision(device, precision):

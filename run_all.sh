@@ -15,12 +15,12 @@
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
 #   sbatch --array=0-7 --gpus=1 run_all.sh                         Slurm; RUNS on a shared file system
 set -uo pipefail
-METHODS=${METHODS:-ce bsce kd bkd cbd dive krdistill} SEEDS=${SEEDS:-0 1 2}
+METHODS=${METHODS:-ce bsce kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
 TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
 RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
-"$PYTHON" -c "import torch" || exit
 [ -f kd_lt.py ] || cd "$(dirname "$0")" || exit  # Slurm runs a copy elsewhere: then stay here
+"$PYTHON" -c "import torch" || exit
 busy=0 failed=0
 for seed in $SEEDS; do
   for method in $METHODS; do
@@ -42,5 +42,5 @@ for seed in $SEEDS; do
 done
 [ $busy -eq 0 ] || echo "$busy of these runs are left to other copies; the table is without them"
 echo "+ $PYTHON kd_lt.py --table $RUNS"
-"$PYTHON" kd_lt.py --table "$RUNS" || exit
+"$PYTHON" kd_lt.py --table "$RUNS" || [ $busy -gt 0 ] || exit
 [ $failed -eq 0 ]
