@@ -65,7 +65,8 @@ def lock(folder: Path, wait: bool):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"kd_lt.py: {folder} is being written by another process", file=sys.stderr)
+        end = ", waiting" if wait else ""
+        print(f"kd_lt.py: {folder} is being written by another process{end}", file=sys.stderr)
         if not wait:
             sys.exit(75)  # "try again later": run_all.sh leaves the run to that process
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -121,7 +122,8 @@ def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor
             if hashlib.sha256(raw).hexdigest() != sha256[file]:
                 raise OSError("not the original CIFAR file, its SHA-256 differs")
         except OSError as error:
-            raise InputError(f"{folder / file}: {error}. Delete it to have it downloaded") from None
+            raise InputError(f"{folder / file}: {error}. Make it readable, or delete it to have it "
+                             "downloaded") from None
         batch = pickle.loads(raw, encoding="latin1")  # the very bytes that were checked
         images.append(batch["data"])
         targets += batch["labels" if name == "cifar10" else "fine_labels"]

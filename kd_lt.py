@@ -659,7 +659,7 @@ FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "gamma": (None, float, WEIGHT, "krdistill (our reconstruction): of L_RRD"),
     "power": (None, float, WEIGHT, "dive: flattens the teacher's probabilities"),
     "bkd_start": (None, float, (0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
-    "device": ("auto", str, ("auto", "cpu", "cuda"), "a GPU, if there is one"),
+    "device": ("auto", str, ("auto", "cpu", "cuda"), "an NVIDIA GPU, if there is one"),
     "precision": ("auto", str, ("auto", "fp32", "bf16"), "bf16, where the hardware has it"),
     "eval_every": (None, int, COUNT, "epochs between tests; default 1, on a CPU 5"),
     "data_dir": ("data", str, None, "where CIFAR is, or is downloaded to"),

@@ -13,7 +13,7 @@
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
 #   for i in 1 2; do OMP_NUM_THREADS=1 ./run_all.sh & done; wait   a CPU with two cores
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
-#   sbatch --array=0-7 --gpus=1 run_all.sh                         Slurm; RUNS on a shared file system
+#   EXTRA="--device cuda" sbatch --array=0-7 --gpus=1 run_all.sh   Slurm; RUNS where flock is shared
 set -uo pipefail
 METHODS=${METHODS:-ce bsce kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
