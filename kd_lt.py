@@ -152,9 +152,9 @@ def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
                      class_means: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
     """Move each feature vector from its class mean to its class's balanced place.
 
-    Our reconstruction: t - m_y + a P_y, scaled to length 1; a: mean distance of the m_c from their
-    centre. teacher_features t: (B, D) float. targets y: (B,) int64. class_means m: (C, D), the mean
-    t of training images. prototypes P: balanced_prototypes(m). Returns (B, D). ValueError: shapes.
+    Our reconstruction: t - m_y + a P_y, scaled to length 1; a is the mean distance of the m_c from
+    their centre. teacher_features t, result: (B, D) float. targets y: (B,) int64. class_means m:
+    (C, D), of training images. prototypes P: balanced_prototypes(m). ValueError: other shapes.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
         raise ValueError(f"teacher_features {teacher_features.shape} unfit for targets, prototypes")
@@ -783,7 +783,7 @@ def main(argv: list[str]) -> int:
         return 0
     except InputError as error:
         status, message = 2, str(error)
-    except RuntimeError as error:  # of torch, cuBLAS or cuDNN; in a capture it is the context
+    except RuntimeError as error:  # of torch, cuBLAS, cuDNN; a failed capture has it as context
         known = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
         if not any(text in f"{error} {error.__context__}" for text in known):
             raise
