@@ -2,8 +2,8 @@
 # Copyright (c) 2026 the kd-lt authors
 """Tests: losses against plain oracles, the step against a plain step, data, the program, faults.
 
-No network but the loopback. What has to be the CPU says so, so that a GPU in the machine changes
-nothing. Real CIFAR is used where it lies in ./data or in the folder KD_LT_DATA names.
+No network. What has to be the CPU says so, so that a GPU in the machine changes nothing. Real
+CIFAR is used where it lies in ./data or in the folder KD_LT_DATA names.
 """
 import ast
 import contextlib
@@ -331,7 +331,7 @@ def test_the_files_stay_short():
             and node.end_lineno - node.lineno >= 50}
     assert long <= {"parse_flags"} and len(defined) <= 45 and len(imports) <= 14
     lines = [sources[module].count("\n") for module in (kd_lt, data, models)]
-    assert lines[0] <= 800 and lines[1] <= 320 and lines[2] <= 125
+    assert lines[0] <= 800 and lines[1] <= 320 and lines[2] <= 125  # a method more may raise them
 
 # ---- the plain path: what a step has to compute, written as most code has it
 
@@ -733,7 +733,6 @@ def test_synthetic():
     assert not torch.equal(data.synthetic()[0], data.synthetic(seed=1)[0])
     thin = data.load_dataset("synthetic", "", 100)
     assert thin.class_counts == thin.train_targets.bincount().tolist()
-    assert thin.digest == data.load_dataset("synthetic", "", 100, "exp", 0).digest
 
 # ---- batches
 
@@ -1311,7 +1310,6 @@ def test_same_numbers_again(twice):
         assert all("top1" in row for row in tested) and "top1" not in rows[0]
         assert rows == [{k: row[k] for k in rows[i]} for i, row in enumerate(tested)]
         assert rows[-1]["top1"] == result["top1"] == approx(np.mean(result["per_class"]))
-        assert {"few", "devices", "version", "teachers"} < result.keys()
     assert len({str([row["loss"] for row in one[1]]) for one in first.values()}) == 11
 
 def test_the_result_is_the_last_test_not_the_best(tiny, tmp_path, monkeypatch):
@@ -1346,12 +1344,13 @@ def test_teachers_are_shared_and_finished_runs_not_repeated(tiny, twice, tmp_pat
     again, _ = finish(flags(tiny, tmp_path, text))
     assert log_of(again) == log_of(next(twice[0].glob("*cbd*")))  # they teach as its own did
 
-def test_half_of_the_teachers_see_distorted_colours(tiny, tmp_path, monkeypatch):
-    calls, distort = [], data.distort_colour
+def test_half_of_the_teachers_see_distorted_colours_and_each_is_tested(tiny, tmp_path, monkeypatch):
+    calls, distort, tested, evaluate = [], data.distort_colour, [], kd_lt.evaluate
     monkeypatch.setattr(data, "distort_colour", lambda *own: calls.append(own) or distort(*own))
-    for teachers, batches in ((1, 0), (2, 6)):  # the second teacher's, three an epoch
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: tested.append(own[0]) or evaluate(*own))
+    for teachers, batches, networks in ((1, 0, 3), (2, 6, 7)):  # of the second, three an epoch
         finish(flags(tiny, tmp_path, f"--method cbd --num-teachers {teachers}"))
-        assert len(calls) == batches
+        assert len(calls) == batches and len(tested) == len(set(tested)) == networks
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("method", ["bkd", "krdistill"])
