@@ -57,7 +57,7 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 def lock(folder: Path, wait: bool):
-    """Make the folder and its lock, which the system releases when the process ends, however."""
+    """Make the folder and lock it; however the process ends, the system releases the lock."""
     import fcntl  # Linux and macOS; imported here, so that the losses can be imported anywhere
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp"
     if kind not in ("exp", "step"):
         raise InputError(f"--imb-type must be exp or step, not {kind!r}")
     if not 1 <= imb <= max_count:  # false for nan, too
-        raise InputError(f"--imb must lie in 1 .. {max_count} (its largest class), not {imb:g}")
+        raise InputError(f"--imb must lie in 1 .. {max_count} (the largest class), not {imb:g}")
     if kind == "exp":
         shares = [(1 / imb) ** (c / max(num_classes - 1, 1)) for c in range(num_classes)]
     else:

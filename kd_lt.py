@@ -91,10 +91,10 @@ def cbd_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
              alpha: float = 0.4, beta: float = 100.0) -> torch.Tensor:
     """CBD: (1 - alpha) CE(z, y) + alpha beta mean_B(1 - cos(s, t)) (arXiv 2104.05279, its code).
 
-    t joins the features of K teachers, each scaled to length 1. CBD's balance lies in its batches,
-    in which every class is drawn equally often. student_logits z: (B, C) float. student_features s:
-    (B, D_1 + ... + D_K). teacher_features: K tensors (B, D_k). targets y: (B,) int64. Scalar, mean
-    over the batch. Raises ValueError where the shapes of s and t differ.
+    t joins the features of K teachers, each scaled to length 1. CBD's batches draw all classes
+    equally often. student_logits z: (B, C) float, in CBD 20 times the cosines of s and the class
+    vectors. student_features s: (B, D_1 + ... + D_K). teacher_features: K tensors (B, D_k). targets
+    y: (B,) int64. Scalar, mean over the batch. Raises ValueError where s and t differ in shape.
     """
     t = torch.cat([F.normalize(features.detach(), dim=1) for features in teacher_features], dim=1)
     if student_features.shape != t.shape:
@@ -507,7 +507,7 @@ def read(path, needed="settings"):
                          f"another or move it away ({error!r:.150})") from None
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
-    """The trained network of a run folder or its last.pt, in eval mode, or InputError.
+    """The network of a run folder or its last.pt, finished or not, in eval mode, or InputError.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
     """
@@ -640,7 +640,7 @@ def plot(file, folders):
 COUNT, WEIGHT, SEED = (1, 1e9), (0, 1e9), (0, 2**32 - 1)
 FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "method": ("bkd", str, METHODS, "see below"),
-    "dataset": ("cifar100", str, None, "or cifar10, synthetic, FILE.npz (see README)"),
+    "dataset": ("cifar100", str, None, "cifar10, cifar100, synthetic or FILE.npz (see README)"),
     "imb": (100.0, float, (1, 1e9), "images of the largest class over those of the smallest"),
     "imb_type": ("exp", str, ("exp", "step"), "how the classes shrink"),
     "subset_seed": (0, int, SEED, "which images are kept; 0: the published ones"),
@@ -655,8 +655,8 @@ FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "weight_decay": (2e-4, float, WEIGHT, "on all parameters"),
     "temperature": (None, float, (1e-3, 1e9), "softens the probabilities of KL_T"),
     "alpha": (None, float, WEIGHT, "weight of distillation; krdistill: of L_LRD"),
-    "beta": (None, float, WEIGHT, "bkd: of the effective numbers; cbd: of the features"),
-    "gamma": (None, float, WEIGHT, "krdistill (our reconstruction): of L_RRD"),
+    "beta": (None, float, WEIGHT, "bkd: base of the effective numbers; cbd: weight of features"),
+    "gamma": (None, float, WEIGHT, "krdistill (our reconstruction): weight of L_RRD"),
     "power": (None, float, WEIGHT, "dive: flattens the teacher's probabilities"),
     "bkd_start": (None, float, (0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
     "device": ("auto", str, ("auto", "cpu", "cuda"), "an NVIDIA GPU, if there is one"),
@@ -706,8 +706,8 @@ def check_flags(parser, args):
     for name, (_, kind, allowed, _) in FLAGS.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if name in ignored and value != parser.get_default(name):
-            parser.error(f"{flag} does nothing with the other flags (--method {args.method}, "
-                         f"--imb {args.imb:g}): leave it out")
+            parser.error(f"{flag} does nothing beside the other flags (the method is {args.method})"
+                         ": leave it out")
         if kind is not str and value is not None:
             low, high = allowed[0], HIGHEST.get((args.method, name), allowed[1])
             if not low <= value <= high:  # true for nan, too

@@ -13,7 +13,7 @@
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
 #   for i in 1 2; do OMP_NUM_THREADS=1 ./run_all.sh & done; wait   a CPU with two cores
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
-#   EXTRA="--device cuda" sbatch --array=0-7 --gpus=1 run_all.sh   Slurm; RUNS where flock is shared
+#   EXTRA="--device cuda" sbatch --array=0-7 --gpus=1 run_all.sh   Slurm; all nodes share RUNS
 set -uo pipefail
 METHODS=${METHODS:-ce bsce kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
@@ -26,7 +26,7 @@ for seed in $SEEDS; do
   for method in $METHODS; do
     command=("$PYTHON" kd_lt.py --method "$method" --dataset "$DATASET" --imb "$IMB"
       --student "$STUDENT" --epochs "$EPOCHS" --seed "$seed" --runs-dir "$RUNS")
-    case $method in ce | bsce) ;; *) command+=(--teacher "$TEACHER") ;; esac
+    [[ "$method $EXTRA" =~ ^(ce|bsce)\ |--teacher-checkpoint ]] || command+=(--teacher "$TEACHER")
     # shellcheck disable=SC2206
     command+=($EXTRA)
     echo "+ ${command[*]}"
@@ -40,7 +40,7 @@ for seed in $SEEDS; do
     esac
   done
 done
-[ $busy -eq 0 ] || echo "$busy of these runs are left to other copies; the table is without them"
+[ $busy -eq 0 ] || echo "$busy runs were left to other copies: the table has the finished ones"
 echo "+ $PYTHON kd_lt.py --table $RUNS"
 "$PYTHON" kd_lt.py --table "$RUNS" || [ $busy -gt 0 ] || exit
 [ $failed -eq 0 ]
