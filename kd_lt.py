@@ -52,7 +52,7 @@ def effective_number_weights(class_counts: list[float] | torch.Tensor,
     """Inverse effective numbers of images, with mean 1 (Cui et al. 2019, arXiv 1901.05555).
 
     w_c = C v_c / sum_j v_j, v_c = (1 - beta) / (1 - beta^n_c). class_counts n: C numbers. Returns
-    (C,) float64. Raises ValueError for other shapes, counts below 1 and beta outside [0, 1).
+    (C,) float64. ValueError: other shapes, beta outside [0, 1), counts < 1 (in a tensor unchecked).
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
@@ -72,7 +72,7 @@ def bkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets
     q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights: one
     for each class c, because that of an image's label would cancel. KL_T: see kd_loss.
     student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64. class_counts: C numbers.
-    Scalar, mean over the batch. ValueError: as in kd_loss; counts < 1, beta not in [0, 1).
+    Scalar, mean over the batch. ValueError: as in kd_loss and effective_number_weights.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -106,8 +106,8 @@ def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
                           class_counts: list[float] | torch.Tensor) -> torch.Tensor:
     """Balanced softmax: CE(z + log pi, y), pi_c = n_c / sum n (Ren et al. 2020, arXiv 2007.10740).
 
-    In training alone: a test uses z as it is. logits z: (B, C) float. targets y: (B,) int64.
-    class_counts n: C numbers >= 1, or ValueError. Scalar, mean over the batch.
+    For training: a test uses z as it is. logits z: (B, C) float. targets y: (B,) int64. Scalar,
+    mean over the batch. class_counts n: C numbers >= 1, or ValueError (in a tensor unchecked).
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
@@ -123,7 +123,7 @@ def dive_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target
 
     q_c = p_c^power / sum_j p_j^power, p = softmax(teacher_logits/T), of a balanced softmax teacher.
     KL_T: see kd_loss. student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64.
-    class_counts: C numbers. Scalar, mean over the batch. ValueError: as in kd_loss, counts < 1.
+    class_counts: C numbers. Mean over the batch. ValueError: as in kd_loss, balanced_softmax_loss.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -170,7 +170,7 @@ def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
     Our reconstruction: z~ = teacher_logits - log pi, pi_c = n_c / sum n; where its largest entry is
     not the true class's, the two change places. For a teacher trained with balanced softmax, pass
     teacher_logits + log pi: its own hold no prior. teacher_logits: (B, C) float. targets: (B,)
-    int64. class_counts n: C numbers. Returns (B, C). ValueError: other shapes, counts below 1.
+    int64. class_counts n: C numbers. Returns (B, C). ValueError: shapes; see balanced_softmax_loss.
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     listed = not isinstance(class_counts, torch.Tensor)
@@ -193,7 +193,7 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
     q = softmax(rectify_logits / T). L_RRD: mean_B(1 - cos(g, r)). student_logits z, teacher_logits
     (see rectify_logits): (B, C) float. student_features g: (B, D), mapped to the teacher's width by
     a learned Linear. rectified_features r: (B, D), of rectify_features. targets y: (B,) int64.
-    class_counts: C numbers. Scalar, mean over the batch. ValueError: as in kd_loss, counts < 1.
+    class_counts: C numbers. Mean over the batch. ValueError: as in kd_loss, balanced_softmax_loss.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
@@ -422,7 +422,7 @@ def train(config, data, teachers, folder, device, eval_every):
         row["images_per_second"] = round(count / (time.perf_counter() - began))
         if not trainer.loss_sum.isfinite():
             sys.exit(f"kd_lt.py: the loss is {row['loss']} in epoch {epoch + 1}: try a smaller --lr"
-                     f" or --alpha; {folder} keeps the checkpoint of the epoch before, if any")
+                     f"; {folder} keeps the checkpoint of the epoch before, if any")
         if epoch + 1 == config.epochs or (epoch + 1) % eval_every == 0:
             scores = evaluate(trainer.student, data, device, config.precision)
             row |= {key: scores[key] for key in ("top1", *GROUPS)}
@@ -504,7 +504,7 @@ def read(path, needed="settings"):
         return content
     except Exception as error:  # a missing or damaged file makes torch.load raise a dozen types
         raise InputError(f"{path}: missing, damaged or not of this version of kd_lt.py; name "
-                         f"another or move it away ({error!r:.150})") from None
+                         f"another or move its whole run folder away ({error!r:.150})") from None
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
     """The network of a run folder or its last.pt, finished or not, in eval mode, or InputError.
@@ -641,7 +641,7 @@ COUNT, WEIGHT, SEED = (1, 1e9), (0, 1e9), (0, 2**32 - 1)
 FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
     "method": ("bkd", str, METHODS, "see below"),
     "dataset": ("cifar100", str, None, "cifar10, cifar100, synthetic or FILE.npz (see README)"),
-    "imb": (100.0, float, (1, 1e9), "images of the largest class over those of the smallest"),
+    "imb": (100.0, float, (1, 1e9), "thins to largest / smallest class = X; 1 keeps a .npz whole"),
     "imb_type": ("exp", str, ("exp", "step"), "how the classes shrink"),
     "subset_seed": (0, int, SEED, "which images are kept; 0: the published ones"),
     "student": ("resnet32", str, NETWORKS, "the network that is distilled, or trained alone"),
@@ -774,7 +774,7 @@ def main(argv: list[str]) -> int:
     args = parse_flags(argv)
     try:
         if args.plot:
-            plot(args.plot[0], args.plot[1:] or [args.runs_dir])
+            plot(args.plot[0], args.plot[1:] or args.table or [args.runs_dir])
         if args.table is not None:
             table(args.table or [args.runs_dir])
         elif not args.plot:

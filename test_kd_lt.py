@@ -1128,8 +1128,8 @@ def test_readme_test_commands():
     assert (HERE / ".ci" / "run").read_text().endswith(f" && {command}\n")
 
 def test_readme_snippets_run_as_they_stand():
-    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(snippet, {})
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(snippet, {})
 
 def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
     script = HERE / "run_all.sh"
@@ -1173,7 +1173,7 @@ def test_smoke_learns_and_resumes(tmp_path, device):
     again = json.loads((folder / "result.json").read_text())
     assert again["seconds"] > result["seconds"] / 2  # those before the stop count, too
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"no CIFAR in {REAL} (set KD_LT_DATA)")
+@pytest.mark.skipif(not (REAL / "cifar-100-python/test").exists(), reason="no CIFAR (KD_LT_DATA)")
 def test_one_epoch_on_real_cifar_100(tmp_path):
     text = f"--method bsce --imb 100 --student resnet8 --epochs 1 --lr 0.5 --data-dir {REAL}"
     folder, out = finish([*text.split(), "--device", "cpu", "--runs-dir", tmp_path])
@@ -1542,17 +1542,18 @@ def test_damaged_teacher(finished, tiny, tmp_path):
         assert [*tmp_path.iterdir()] == [file]  # no runs
 
 @pytest.mark.parametrize("role, name, content", [
-    (1, "last.pt", b"garbage"), (1, "last.pt", None), (0, "last.pt", None),
-    (1, "result.json", None)])
+    (1, "last.pt", b"bad"), (1, "last.pt", None), (0, "last.pt", None), (1, "result.json", None)])
 def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
     file = runs / finished[role].name / name  # of the teacher, the student
     file.write_bytes(file.read_bytes()[:1000] if content is None else content)
     if name == "last.pt":  # else the result alone is read
         (runs / finished[1].name / "result.json").unlink()
-    before = files(runs)
-    refused(flags(tiny, runs, "--method kd"), file)
+    before, argv = files(runs), flags(tiny, runs, "--method kd")
+    refused(argv, file, "move its whole run folder away")
     assert files(runs) == before
+    file.parent.rename(tmp_path / "away")
+    assert outcome(finish(argv)[0].parent) == outcome(finished[0].parent)
 
 # ---- devices
 
