@@ -210,9 +210,9 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
     return bsce + alpha * l_lrd + gamma * l_rrd
 
 # ---- 2 methods: a new one is a loss, an entry here, a case in Trainer.loss, its new flags in FLAGS
-# hyper: the loss's hyperparameters and their defaults. teacher: the method that trains its teacher
-# by default. sampler: "instance" takes each image once an epoch, "class" all classes equally often.
-# head: the classifier of both networks. uses: "features" of the teachers, or their "class means".
+# hyper: the loss's hyperparameters and defaults, of their type in FLAGS. teacher: the method of its
+# teacher by default. sampler: "instance" takes each image once an epoch, "class" all classes
+# equally often. head: of both networks. uses: teachers' "features" or their "class means".
 Method = make_dataclass("Method", ["hyper", ("teacher", str, ""), ("sampler", str, "instance"),
                                    ("head", str, "linear"), ("uses", str, "")], frozen=True)
 SOFT = {"temperature": 2.0, "alpha": 1.0}
@@ -468,10 +468,10 @@ def label(config):
     usual = {flag: FLAGS[flag][0] for flag in flags} | {"colour": False, "head": method.head}
     usual |= method.hyper | {"bkd_start": BKD_START.get(config.dataset, 0.0)}
     parts = [config.method, config.network]
-    for teacher in config.teachers[:1]:
-        parts += ["from", teacher["network"], teacher["method"]]
-        parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
-        parts += [f"given-{t['checkpoint']}" for t in config.teachers if "checkpoint" in t]
+    kinds = dict.fromkeys(f"{t['network']}-{t['method']}" for t in config.teachers)  # each once
+    parts += ["from", "+".join(kinds)] if kinds else []
+    parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
+    parts += [f"given-{t['checkpoint']}" for t in config.teachers if "checkpoint" in t]
     parts += [f"{k}{values[k]}" for k in usual if k in values and values[k] != usual[k]]
     return "-".join(parts)
 
@@ -570,8 +570,8 @@ def print_rows(rows):
     print("| method | teacher (its top-1) | n | top-1 | many | medium | few |\n" + "|---" * 7 + "|")
     for name, results in rows.items():
         teachers = [teacher for result in results for teacher in result.get("teachers", [])]
-        top1 = spread([teacher["top1"] for teacher in teachers])
-        teacher = f"{teachers[0]['method']} ({top1})" if teachers else "-"
+        methods = "+".join(dict.fromkeys(teacher["method"] for teacher in teachers))
+        teacher = f"{methods} ({spread([t['top1'] for t in teachers])})" if teachers else "-"
         cells = [spread([result[key] for result in results]) for key in ("top1", *GROUPS)]
         print(f"| {' | '.join([name, teacher, str(len(results)), *cells])} |")
     images, width = head_to_tail(next(iter(rows.values())), 10)[0], max(16, *map(len, rows)) + 1

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data import normalise
 
-NETWORKS = {  # name: (layers, stem channels, channels of the three stages, shortcut)
+NETWORKS = {  # name: (layers: 6 n + 2, stem channels, channels of the stages, shortcut)
     **{f"resnet{n}": (n, 16, (16, 32, 64), "pad") for n in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{n}x4": (n, 32, (64, 128, 256), "conv") for n in (8, 32)},
 }

@@ -917,7 +917,6 @@ def test_npz_thinned(tmp_path):
         data.load_dataset(path, "", 1.2)
 
 @pytest.mark.parametrize("changes, message", [
-    ({"y_test": None}, "y_test"),
     ({"x_train": np.zeros((12, 32, 32, 3))}, r"x_train must be uint8.*float64 \(12, 32, 32, 3\)"),
     ({"x_train": np.zeros((12, 15, 15, 3), np.uint8)}, r"x_train .*16..128.*\(12, 15, 15, 3\)"),
     ({"x_train": np.zeros((12, 3, 129, 129), np.uint8)}, r"x_train .*16..128.*\(12, 3, 129, 129\)"),
@@ -926,7 +925,7 @@ def test_npz_thinned(tmp_path):
     ({"y_train": np.zeros(12)}, "y_train must be 12 integers"),
     ({"y_test": np.zeros(2, int)}, "y_test must be 6 integers"),
     ({"y_train": np.array([0, 2] * 6)}, "no image of class 1"),
-    ({"y_train": np.zeros(12, int)}, "no image of class 1"),
+    ({"y_test": None}, "y_test"), ({"y_train": np.zeros(12, int)}, "no image of class 1"),
     ({"y_test": np.array([0, 1, 3] * 2)}, "y_test has class 3"),
     ({"y_test": np.array([0, 1, -2] * 2)}, "y_test has class -2"),
     ({"y_train": np.array([None] * 12, object)}, "y_train.*Object arrays")])
@@ -1006,8 +1005,7 @@ def test_damaged_file_is_named_and_kept(mini, tmp_path, serve, harm):
     assert files(tmp_path) == present  # the first came back, the third stayed
 
 @pytest.mark.parametrize("archive, message", [
-    (lambda mini: None, "No such file"),
-    (lambda mini: b"<html>busy</html>", "not a gzip file"),
+    (lambda mini: None, "No such file"), (lambda mini: b"<html>busy</html>", "not a gzip file"),
     (lambda mini: packed(mini)[:-3000], "EOFError|ReadError"),
     (lambda mini: packed({**mini, f"{FOLDER}/data_batch_2": pickle.dumps(Bomb())}),
      "data_batch_2 in it is not the original"),
@@ -1224,6 +1222,8 @@ def test_defaults_of_teachers_and_of_cifar_10():
     four = config_of("--method cbd --num-teachers 4 --seed 7").teachers
     assert [(teacher["seed"], teacher["colour"]) for teacher in four] == [
         (1007, False), (2007, False), (3007, True), (4007, True)]
+    mixed = replace(config_of("--method cbd"), teachers=[four[0], four[1] | {"method": "bsce"}])
+    assert kd_lt.label(mixed) == "cbd-resnet32-from-resnet32-ce+resnet32-bsce-x2"
     starts = [config_of(f"--method bkd --dataset {text}").hyper["bkd_start"]
               for text in ("cifar100", "cifar10", "cifar10 --bkd-start 0")]
     assert starts == [0, 0.8, 0]
