@@ -212,7 +212,7 @@ def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
 # ---- 2 methods: a new one is a loss, an entry here, a case in Trainer.loss, its new flags in FLAGS
 # hyper: the loss's hyperparameters and defaults, of their type in FLAGS. teacher: the method of its
 # teacher by default. sampler: "instance" takes each image once an epoch, "class" all classes
-# equally often. head: of both networks. uses: teachers' "features" or their "class means".
+# equally often. head: both networks' classifier. uses: teachers' "features" or "class means".
 Method = make_dataclass("Method", ["hyper", ("teacher", str, ""), ("sampler", str, "instance"),
                                    ("head", str, "linear"), ("uses", str, "")], frozen=True)
 SOFT = {"temperature": 2.0, "alpha": 1.0}

@@ -1238,9 +1238,9 @@ def test_run_names_of_the_published_default_stay():
     for changed in (replace(config, precision="fp32"), replace(config, data="0" * 16)):
         assert kd_lt.run_name(config) != kd_lt.run_name(changed)
 
-def stored(folder, text, top1, teachers=()):
+def stored(folder, text, top1, **teachers):
     result = {"settings": asdict(config_of(text)), "version": "2.0.0", "devices": ["a GPU"]}
-    result |= {"teachers": [{"method": "ce", "top1": top1} for top1 in teachers], "seconds": 60.0}
+    result |= {"teachers": [{"method": m, "top1": t} for m, t in teachers.items()], "seconds": 60.0}
     result |= {"top1": top1, "many": 60.0, "medium": None, "few": 2.0}
     result |= {"class_counts": [5, 500, 1], "per_class": [60.0, 80.0, None]}
     rows = [{"command": ""}, {"epoch": 1, "top1": 41.0}, {"epoch": 2}, {"epoch": 3, "top1": top1}]
@@ -1252,8 +1252,8 @@ def test_table_averages_seeds_and_never_settings(tmp_path):
     stored(tmp_path / "a", "--method ce", 38.0)
     stored(tmp_path / "b", "--method ce --seed 1", 42.0)
     stored(tmp_path / "c", "--method ce --lr 0.2", 20.0)
-    stored(tmp_path / "d", "--method kd", 40.0, [30.0])
-    stored(tmp_path / "e", "--method kd --seed 1", 41.0, [31.0])
+    stored(tmp_path / "d", "--method kd", 40.0, ce=30.0)
+    stored(tmp_path / "e", "--method kd --seed 1", 41.0, ce=31.0, bsce=32.0)
     stored(tmp_path / "f", "--method ce --epochs 30", 30.0)
     (tmp_path / "unfinished").mkdir()
     copied = shutil.copytree(tmp_path / "a", tmp_path / "copies" / "a")  # is no second seed
@@ -1268,26 +1268,26 @@ def test_table_averages_seeds_and_never_settings(tmp_path):
         ["2", "40.00 ± 2.83", "60.00 ± 0.00", "-", "2.00 ± 0.00"],
         ["1", "20.00", "60.00", "-", "2.00"],
         ["2", "40.50 ± 0.71", "60.00 ± 0.00", "-", "2.00 ± 0.00"]]
-    assert [row[1] for row in rows[:3]] == ["-"] * 3 and "ce (30.50 ± 0.71)" in rows[3][1]
+    assert [row[1] for row in rows[:3]] == ["-"] * 3 and "ce+bsce (31.00 ± 1.00)" in rows[3][1]
     ce, changed, kd = (row[0] for row in rows[1:])
     assert ce.startswith("ce") and re.search("lr.?0.2", changed) and kd.startswith("kd")
     bars = [line.split() for line in short.splitlines() if line.startswith(("training", ce))]
     assert bars == [["training", "images", "500", "5", "1"], [ce, "▇▅", "80", "60", "-"]]
     assert "Best tested epoch" in long and f"{ce} 41.50 ± 0.71, {changed} 41.00" in long
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_plot_draws_or_says_what_is_missing(suffix, tmp_path, monkeypatch):
+@pytest.mark.parametrize("suffix, beside", [(".png", []), (".svg", ["--table"])])
+def test_plot_draws_or_says_what_is_missing(suffix, beside, tmp_path, monkeypatch):
     stored(tmp_path / "runs" / "a", "--method ce", 38.0)
-    stored(tmp_path / "runs" / "b", "--method kd --seed 1", 40.0, [30.0])
-    picture = tmp_path / f"picture{suffix}"
+    stored(tmp_path / "runs" / "b", "--method kd --seed 1", 40.0, ce=30.0)
+    picture, runs = tmp_path / f"picture{suffix}", tmp_path / "runs"
     with monkeypatch.context() as patch:
         for name in ("matplotlib", "matplotlib.figure"):
             patch.setitem(sys.modules, name, None)
-        refused(["--plot", picture, tmp_path / "runs"], "pip install matplotlib")
+        refused(["--plot", picture, runs], "pip install matplotlib")
         assert not picture.exists()
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    status, out, _ = main(["--plot", picture, tmp_path / "runs", "--table", tmp_path / "runs"])
-    assert not status and picture.name in out and "| ce" in out and picture.stat().st_size > 5000
+    status, out, _ = main(["--plot", picture, *beside, runs])
+    assert not status and ("| ce" in out) == bool(beside) and picture.stat().st_size > 5000
 
 # ---- the same numbers again
 
