@@ -3,16 +3,18 @@
 """Data sets as whole tensors, and the long-tailed CIFAR subsets that the literature trains on.
 
 Images are uint8 (N, 3, S, S), targets int64 (N,). S is 32, for own images a size from 16 to 128.
+To be reused alone: class_counts and long_tail_indices (the subset), Batches (with its sampler).
 """
+
 import functools
 import hashlib
 import io
-import json
 import os
 import pickle
 import sys
 import tarfile
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,28 +26,39 @@ from torch import Tensor
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 CIFAR_ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-CIFAR_SHA256 = {"cifar10": {  # of the original files, in the order in which they are joined
-    "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
-    "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
-    "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
-    "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
-    "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
-    "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
-}, "cifar100": {
-    "train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b",
-    "test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"}}
+# Of the original files, in the order in which they are joined.
+CIFAR_SHA256 = {
+    "cifar10": {
+        "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+        "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+        "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+        "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+        "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+        "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
+    },
+    "cifar100": {
+        "train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b",
+        "test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864",
+    },
+}
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
-GROUPS = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}  # by training images
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the literature's, for both sets
+# The literature's, for both sets.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
+
 
 class InputError(Exception):
     """Something the user gave is wrong: a flag, a file or a folder. Shown without a traceback."""
 
-def write_whole(path: Path, content: bytes, suffix: str = ".partial") -> None:
-    """Write `path` + `suffix` and rename it: `path` is never half a file. Raises OSError."""
-    partial = path.with_name(path.name + suffix)
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of another name and rename it: `path` is never half a file. Raises OSError.
+
+    The other name is new, so that no link that somebody laid there is followed.
+    """
+    partial = path.with_name(f"{path.name}.{os.urandom(8).hex()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -53,24 +66,6 @@ def write_whole(path: Path, content: bytes, suffix: str = ".partial") -> None:
     finally:  # also after Ctrl-C
         partial.unlink(missing_ok=True)
 
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-def lock(folder: Path, wait: bool):
-    """Make the folder and lock it; however the process ends, the system releases the lock."""
-    import fcntl  # Linux and macOS; imported here, so that the losses can be imported anywhere
-
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")  # noqa: SIM115  closed by the `with` of the caller
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        end = ", waiting" if wait else ""
-        print(f"kd_lt.py: {folder} is being written by another process{end}", file=sys.stderr)
-        if not wait:
-            sys.exit(75)  # "try again later": run_all.sh leaves the run to that process
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
 
 def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp") -> list[int]:
     """Training images per class; class 0 has `max_count`, the last one 1 / `imb` of that.
@@ -81,12 +76,14 @@ def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp"
         raise InputError(f"--imb-type must be exp or step, not {kind!r}")
     if not 1 <= imb <= max_count:  # false for nan, too
         raise InputError(f"--imb must lie in 1 .. {max_count} (the largest class), not {imb:g}")
+
     if kind == "exp":
         shares = [(1 / imb) ** (c / max(num_classes - 1, 1)) for c in range(num_classes)]
     else:
         shares = [1 if c < num_classes // 2 else 1 / imb for c in range(num_classes)]
     # Truncated, as published, not rounded. At least 1: 49 * (1 / 49) is 0.99... in float64.
     return [max(int(max_count * share), 1) for share in shares]
+
 
 def long_tail_indices(targets: Tensor | np.ndarray, counts: list[int], seed: int = 0) -> Tensor:
     """Rows (int64) of the first counts[c] images of each class c, after a shuffle of its rows.
@@ -100,11 +97,14 @@ def long_tail_indices(targets: Tensor | np.ndarray, counts: list[int], seed: int
     for c, count in enumerate(counts):
         rows = np.flatnonzero(targets == c)
         if not 0 <= count <= len(rows):
-            raise InputError(f"class {c} has {len(rows)} training images, --imb wants {count}; "
-                             "--imb 1 takes a .npz file as it is")
+            raise InputError(
+                f"class {c} has {len(rows)} training images, --imb wants {count}; "
+                "--imb 1 takes a .npz file as it is"
+            )
         rng.shuffle(rows)
         chosen.append(rows[:count])
     return torch.from_numpy(np.concatenate(chosen).astype(np.int64))
+
 
 def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     """Images and targets of cifar10 or cifar100 in file order; fetched into `root` if missing.
@@ -122,12 +122,16 @@ def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor
             if hashlib.sha256(raw).hexdigest() != sha256[file]:
                 raise OSError("not the original CIFAR file, its SHA-256 differs")
         except OSError as error:
-            raise InputError(f"{folder / file}: {error}. Make it readable, or delete it to have it "
-                             "downloaded") from None
-        batch = pickle.loads(raw, encoding="latin1")  # the very bytes that were checked
+            raise InputError(
+                f"{folder / file}: {error}. Make it readable, or delete it to have it downloaded"
+            ) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy 2.4 warns of how these old files name a dtype
+            batch = pickle.loads(raw, encoding="latin1")  # the very bytes that were checked
         images.append(batch["data"])
         targets += batch["labels" if name == "cifar10" else "fine_labels"]
     return torch.from_numpy(np.concatenate(images).reshape(-1, 3, 32, 32)), torch.tensor(targets)
+
 
 def _download_cifar(name: str, folder: Path, missing: list[str]) -> None:
     url = CIFAR_URL + CIFAR_ARCHIVES[name]
@@ -141,47 +145,93 @@ def _download_cifar(name: str, folder: Path, missing: list[str]) -> None:
                 raw = tar.extractfile(f"{folder.name}/{file}").read()
                 if hashlib.sha256(raw).hexdigest() != CIFAR_SHA256[name][file]:
                     raise ValueError(f"{file} in it is not the original (its SHA-256 differs)")
-                write_whole(folder / file, raw, f".{os.urandom(8).hex()}.partial")  # unique
+                write_whole(folder / file, raw)
     except Exception as error:  # network, disk and archive fail in a dozen types
-        raise InputError(f"cannot get {url}: {type(error).__name__}, {error}\nBy hand: unpack "
-                         f"it so that {folder} holds {', '.join(missing)}") from None
+        raise InputError(
+            f"cannot get {url}: {type(error).__name__}, {error}\nBy hand: unpack "
+            f"it so that {folder} holds {', '.join(missing)}"
+        ) from None
+
 
 def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_train, y_train, x_test, y_test of a user's .npz file: uint8 (N, 3, S, S) and int64 (N,).
 
     In the file x may be (N, S, S, 3), too. All images have one S from 16 to 128; y holds 0..C-1,
-    C >= 2, each class with a training image. Raises InputError for anything else.
+    C >= 2, each class with a training image. Raises InputError for anything else, with the cure.
     """
-    def require(met, text):
-        if not met:
-            raise InputError(f"{path}: {text}")
-    arrays, key = {}, "the file"
+    arrays = {}
+    key = "the file"
     try:
         with np.load(path, allow_pickle=False) as archive:
             for key in NPZ_KEYS:
                 arrays[key] = np.asarray(archive[key])
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types for damaged files
-        raise InputError(f"{path}: cannot read {key} ({error}); expected is a .npz file with the "
-                         f"arrays {', '.join(NPZ_KEYS)}, none of objects") from None
-    result, sizes = [], range(16, 129)
+        raise InputError(
+            f"{path}: cannot read {key} ({error}); expected is a .npz file with the "
+            f"arrays {', '.join(NPZ_KEYS)}, none of objects"
+        ) from None
+
+    result = []
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        sizes = [size for size in sizes if x.shape[1:] in ((3, size, size), (size, size, 3))]
-        require(x.dtype == np.uint8 and sizes and len(x), f"x_{split} must be uint8 (N, S, S, 3) "
-                f"or (N, 3, S, S), one S in 16..128 for all images, not {x.dtype} {x.shape}")
-        require(y.dtype.kind in "iu" and y.shape == (len(x),),
-                f"y_{split} must be {len(x)} integers like x_{split}, not {y.dtype} {y.shape}")
-        x = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
-        result += [torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))]
+        problem = _image_problem(x) or _label_problem(y, len(x))
+        if problem:
+            raise InputError(f"{path}: {problem.format(x=f'x_{split}', y=f'y_{split}')}")
+        channels_first = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
+        result.append(torch.from_numpy(np.ascontiguousarray(channels_first)))
+        result.append(torch.from_numpy(y.astype(np.int64)))
+
+    train_size, test_size = result[0].shape[-1], result[2].shape[-1]
+    if train_size != test_size:
+        raise InputError(
+            f"{path}: x_test has images of {test_size}x{test_size} pixels, x_train of "
+            f"{train_size}x{train_size}: all must have one size"
+        )
     classes = set(result[1].tolist())
     for c in range(max(len(classes), 2)):
-        require(c in classes, f"y_train has no image of class {c}; classes are 0, 1, 2, ...")
+        if c not in classes:
+            raise InputError(f"{path}: y_train has no image of class {c}; classes are 0, 1, 2, ...")
     for label in result[3].tolist():
-        require(label in classes, f"y_test has class {label}, y_train only 0..{len(classes) - 1}")
+        if label not in classes:
+            raise InputError(
+                f"{path}: y_test has class {label}, y_train only 0..{len(classes) - 1}"
+            )
     return tuple(result)
 
-def synthetic(num_classes: int = 10, per_class: int = 200, test_per_class: int = 50,
-              seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def _image_problem(x: np.ndarray) -> str:
+    """What is wrong with a file's images, and the cure; "" where nothing is."""
+    shape = tuple(x.shape)
+    if x.ndim == 3 or (x.ndim == 4 and 1 in (shape[1], shape[3])):
+        return f"{{x}} holds grey images {shape}: repeat the channel, to (N, S, S, 3)"
+    square = x.ndim == 4 and any(shape[1:] in ((3, s, s), (s, s, 3)) for s in range(16, 129))
+    if not square:
+        return f"{{x}} must be (N, S, S, 3) or (N, 3, S, S) with S in 16..128, not {shape}"
+    if len(x) == 0:
+        return "{x} is empty: at least one image is needed"
+    if x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1:
+        return f"{{x}} must be uint8, not {x.dtype}: multiply by 255, then .astype('uint8')"
+    if x.dtype != np.uint8:
+        return f"{{x}} must be uint8 of 0..255, not {x.dtype} of {x.min():g}..{x.max():g}"
+    return ""
+
+
+def _label_problem(y: np.ndarray, count: int) -> str:
+    """What is wrong with a file's labels of `count` images, and the cure; "" where nothing is."""
+    if y.shape == (count, 1):
+        return f"{{y}} must be ({count},), not ({count}, 1): pass {{y}}[:, 0]"
+    if y.dtype.kind not in "iu" or y.shape != (count,):
+        return f"{{y}} must be {count} integers like {{x}}, not {y.dtype} {y.shape}"
+    if y.min() < 0:
+        return f"{{y}} holds the label {y.min()}; classes are 0, 1, 2, ..."
+    return ""
+
+
+def synthetic(
+    num_classes: int = 10, per_class: int = 200, test_per_class: int = 50, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Made-up x_train, y_train, x_test, y_test, balanced: each class a coarse pattern in noise."""
     result, generator = [], torch.Generator().manual_seed(seed)
     patterns = F.interpolate(torch.randn(num_classes, 3, 4, 4, generator=generator), size=32)
@@ -192,7 +242,10 @@ def synthetic(num_classes: int = 10, per_class: int = 200, test_per_class: int =
         result += [images.clamp(0, 255).to(torch.uint8), targets]
     return tuple(result)
 
+
 class Dataset(NamedTuple):
+    """Training images, long-tailed, and test images, balanced unless they are the user's own."""
+
     name: str
     train_images: Tensor  # (N, 3, S, S) uint8
     train_targets: Tensor  # (N,) int64
@@ -201,8 +254,10 @@ class Dataset(NamedTuple):
     class_counts: list[int]
     digest: str  # of all four tensors: says which data it is, whatever the file is called
 
-def load_dataset(name: str, root: str | Path, imb: float, imb_type: str = "exp",
-                 subset_seed: int = 0) -> Dataset:
+
+def load_dataset(
+    name: str, root: str | Path, imb: float, imb_type: str = "exp", subset_seed: int = 0
+) -> Dataset:
     """cifar10, cifar100, synthetic or a .npz file, its training part thinned to imbalance `imb`.
 
     A .npz file with `imb` 1 stays as it is: own class counts, own order. Raises InputError.
@@ -225,18 +280,29 @@ def load_dataset(name: str, root: str | Path, imb: float, imb_type: str = "exp",
         sha256.update(tensor.numpy())
     return Dataset(str(name), images, targets, *test, counts, sha256.hexdigest()[:16])
 
+
 @functools.cache
-def _constants(device: torch.device) -> tuple[Tensor, ...]:
-    """scale and shift (3, 1, 1), luma (3,), a hue's quarter turn (3, 3): copied once."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    hue = torch.linalg.inv(yiq) @ torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yiq
-    return tuple(c.to(device) for c in (1 / (255 * std), -mean / std, yiq[0], hue))
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """scale and shift (3, 1, 1) that turn 0..255 into mean 0, standard deviation 1."""
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
+    return (1 / (255 * std)).to(device), (-mean / std).to(device)
+
 
 def normalise(images: Tensor) -> Tensor:
     """(B, 3, H, W) of 0..255, uint8 or float -> float32 (x / 255 - mean) / std, per channel."""
-    scale, shift = _constants(images.device)[:2]
+    scale, shift = _normalisation(images.device)
     return torch.addcmul(shift, images.float(), scale)
+
+
+@functools.cache
+def _colour_space(device: torch.device) -> tuple[Tensor, Tensor]:
+    """luma (3,), the weights of a pixel's brightness; a quarter turn of its hue (3, 3), in YIQ."""
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    turn_i_to_q = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    hue = torch.linalg.inv(yiq) @ turn_i_to_q @ yiq
+    return yiq[0].to(device), hue.to(device)
+
 
 def distort_colour(images: Tensor, draws: Tensor) -> Tensor:
     """SimCLR's colour distortion, each image by its own random numbers (CBD's "data_aug" teachers).
@@ -246,24 +312,36 @@ def distort_colour(images: Tensor, draws: Tensor) -> Tensor:
     fifth of the circle, in random order, clipped after each; then grey with probability 0.2. Each
     is a matrix and an offset, applied to a pixel's colour. Returns float32 (B, 3, H, W) of 0..255.
     """
-    _, _, luma, hue = _constants(images.device)
-    pixels = original = images.float().permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, 3)
+    luma, hue = _colour_space(images.device)
+    is_distorted = draws[:, 0] < 0.8
+    is_grey = draws[:, 1] < 0.2
     factors = 1 + 0.8 * (2 * draws[:, 2:5] - 1)
     brightness, contrast, saturation = factors[:, :, None, None].unbind(1)  # (B, 1, 1) each
-    angle = 0.2 * 2 * np.pi * (2 * draws[:, 5, None, None] - 1)
-    eye, zero = torch.eye(3, device=images.device), torch.zeros_like(contrast)
-    turn = luma + angle.cos() * (eye - luma) + angle.sin() * hue  # of the YIQ colour plane
-    maps = [brightness * eye, contrast * eye, saturation * eye + (1 - saturation) * luma, turn]
-    offsets = [zero, 1 - contrast, zero, zero]  # times the image's mean luma
-    order = draws[:, 6:].argsort(1)[:, :, None, None]  # (B, 4, 1, 1)
-    maps = torch.stack(maps, 1).take_along_dim(order, 1)  # (B, 4, 3, 3)
+    angle = 0.4 * np.pi * (2 * draws[:, 5, None, None] - 1)
+    order = draws[:, 6:10].argsort(1)[:, :, None, None]  # (B, 4, 1, 1)
+
+    # Each of the four as a matrix (B, 3, 3), and an offset (B, 1, 1) times the image's mean luma.
+    eye = torch.eye(3, device=images.device)
+    zero = torch.zeros_like(contrast)
+    matrices = [
+        brightness * eye,
+        contrast * eye,
+        saturation * eye + (1 - saturation) * luma,
+        luma + angle.cos() * (eye - luma) + angle.sin() * hue,
+    ]
+    offsets = [zero, 1 - contrast, zero, zero]
+    matrices = torch.stack(matrices, 1).take_along_dim(order, 1)  # (B, 4, 3, 3)
     offsets = torch.stack(offsets, 1).take_along_dim(order, 1)  # (B, 4, 1, 1)
+
+    original = images.float().permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, 3)
+    pixels = original
     for i in range(4):
         mean_luma = (pixels.mean(1) @ luma)[:, None, None]
-        pixels = torch.baddbmm(mean_luma * offsets[:, i], pixels, maps[:, i].mT).clamp(0, 255)
-    pixels = torch.where(draws[:, 0, None, None] < 0.8, pixels, original)
-    pixels = torch.where(draws[:, 1, None, None] < 0.2, (pixels @ luma)[:, :, None], pixels)
+        pixels = torch.baddbmm(mean_luma * offsets[:, i], pixels, matrices[:, i].mT).clamp(0, 255)
+    pixels = torch.where(is_distorted[:, None, None], pixels, original)
+    pixels = torch.where(is_grey[:, None, None], (pixels @ luma)[:, :, None], pixels)
     return pixels.unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
+
 
 class Batches:
     """Shuffled, cropped, flipped, normalised training batches, made on the device by one gather.
@@ -274,22 +352,46 @@ class Batches:
     draws an epoch's random numbers on the CPU: a seed gives the same batches on every device.
     next() uses only tensors that keep their place: it can be captured in a CUDA graph.
     """
-    def __init__(self, images: Tensor, targets: Tensor, class_counts: list[int], batch_size: int,
-                 device: torch.device | str, sampler: str, colour: bool = False):
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        class_counts: list[int],
+        batch_size: int,
+        device: torch.device | str,
+        sampler: str,
+        colour: bool = False,
+    ):
         count, size = len(targets), images.shape[-1]
-        padded = F.pad(images.to(device), [max(size // 8, 2)] * 4)  # raw: pad, then normalise
+        padding = self.padding(size)
+        padded = F.pad(images.to(device), [padding] * 4)  # raw: pad, then normalise
         padded = torch.cat([padded, padded.flip(3)]).permute(0, 2, 3, 1).contiguous()
         # A view of every crop of every image and its mirror image, (2N, places, places, 3, S, S):
         # a batch is one gather, and comes out in channels_last. A padding of 4 gives 9 places.
         self.windows = padded.unfold(1, size, 1).unfold(2, size, 1)
+
         self.targets = targets.cpu()
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
         self.weights = 1 / counts[self.targets] if sampler == "class" else None
+
+        # The epoch's random numbers; position says how many of its images are used.
         self.draws = torch.zeros(4, count, dtype=torch.int64, device=device)
         self.colours = torch.zeros(count, 10, device=device) if colour else None
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.offsets = torch.arange(min(batch_size, count), device=device)
         self.sizes = [len(part) for part in self.targets.split(batch_size)]
+
+    @staticmethod
+    def padding(size: int) -> int:
+        """Pixels on each side of an image of that size: 4 for CIFAR's 32, as in the literature."""
+        return max(size // 8, 2)
+
+    @classmethod
+    def padded_bytes(cls, images: Tensor) -> int:
+        """The memory that the padded images and their mirror images take."""
+        size = images.shape[-1] + 2 * cls.padding(images.shape[-1])
+        return 2 * len(images) * 3 * size**2
 
     def shuffle(self, generator: torch.Generator) -> None:
         """Draw the next epoch from a CPU generator."""
@@ -298,8 +400,11 @@ class Batches:
             rows = torch.randperm(count, generator=generator)
         else:
             rows = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        crop = torch.randint(2 * places * places, (count,), generator=generator)
-        mirrored, top, left = crop // places ** 2, crop // places % places, crop % places
+
+        crop = torch.randint(2 * places**2, (count,), generator=generator)
+        mirrored = crop // places**2
+        top = crop // places % places
+        left = crop % places
         self.draws.copy_(torch.stack([rows + count * mirrored, top, left, self.targets[rows]]))
         if self.colours is not None:
             self.colours.copy_(torch.rand(count, 10, generator=generator))

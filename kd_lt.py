@@ -5,291 +5,672 @@
     python kd_lt.py --smoke                  the whole way in seconds, on generated images
     python kd_lt.py --method bkd --imb 100   train a teacher, distil the student, report
 
-In this order: 1 losses, to be copied, 2 methods, 3 training, 4 run folders, 5 reports, 6 flags.
+The file is read from top to bottom:
+
+    1 Losses                 to be copied: they need torch alone
+    2 Methods and settings   what distinguishes a method, what decides a run's numbers
+    3 Training               Trainer (one network, its teachers, one step) and the loop over epochs
+    4 Evaluation             accuracies, by class and by group of classes
+    5 Run folders            save, resume, teachers that are runs themselves
+    6 Reports                the table and the picture
+    7 Command line           flags, what is refused, main
 """
+
 import argparse
+import copy
 import hashlib
 import io
 import json
+import math
+import os
+import shlex
 import statistics
 import sys
 import time
 import warnings
-from dataclasses import asdict, make_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from data import GROUPS, Batches, InputError, load_dataset, lock, write_json, write_whole
-from models import NETWORKS, ResNet, mixed_precision, predict
+from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
+from models import NETWORKS, Output, ResNet
 
-VERSION = "2.0.0"
+VERSION = "3.0.0"
 
-# ---- 1 losses
-# B images, C classes, D features; any device and float dtype. No gradient reaches the teacher.
-# class_counts, the training images of each class, may be a list, a NumPy array or a tensor; the
-# numbers in a tensor are not checked, because to look at them would stall a GPU.
-def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
-            temperature: float = 2.0, alpha: float = 1.0) -> torch.Tensor:
-    """KD: CE(z, y) + alpha KL_T(p, z), p the teacher (Hinton et al. 2015, arXiv 1503.02531).
+# +----------------------------------------------------------------------------------------------+
+# | 1 Losses                                                                                     |
+# |                                                                                              |
+# | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
+# | at least. No gradient reaches a teacher. To copy a loss, copy the three helpers with it, and |
+# | for bkd_loss effective_number_weights, for dive_loss and krdistill_loss                      |
+# | balanced_softmax_loss. Needed besides: math, Sequence, torch, F and Tensor, as imported here.|
+# |                                                                                              |
+# | kd, bkd, dive and krdistill are one family: CE + alpha T^2 KL(softmax(target / T) || student)|
+# | They differ in the logits of the target, which each of them shows in one line.               |
+# +----------------------------------------------------------------------------------------------+
 
-    KL_T(p, z) = T^2 mean_B sum_c p_c (log p_c - log softmax(z/T)_c), p = softmax(teacher_logits/T).
-    student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64. Scalar, mean over the
-    batch. Raises ValueError where shapes differ and for temperature <= 0.
+Counts = Sequence[float] | Tensor  # a number for each class; a NumPy array is taken, too
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """bf16 and fp16 as float32, because they would round a divergence away; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
+    """The training images of each class as a float tensor (C,) on the device of the logits (B, C).
+
+    A list, tuple or array is checked: C finite numbers of at least 1. The values in a tensor are
+    trusted, because to look at them would make the CPU wait for the GPU and break torch.compile:
+    pass a tensor under torch.compile(fullgraph=True). Float64 counts stay float64.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
+    if logits.ndim != 2:
+        raise ValueError(
+            f"student_logits, teacher_logits and logits must be (B, C), not {tuple(logits.shape)}"
+        )
+
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if isinstance(class_counts, Tensor):
+        counts = class_counts
+        if counts.device == logits.device:
+            dtype = torch.promote_types(dtype, counts.dtype)
+    else:
+        try:
+            if isinstance(class_counts, (dict, set, frozenset, str)):
+                raise TypeError  # float() could read their items, but not in the order of classes
+            numbers = [float(count) for count in class_counts]
+        except (TypeError, ValueError):
+            raise ValueError(f"class_counts must be C numbers, not {class_counts}") from None
+        if not all(1 <= number < math.inf for number in numbers):
+            raise ValueError(f"class_counts must be finite and at least 1, not {class_counts}")
+        counts = torch.tensor(numbers, dtype=torch.float64)
+
+    if counts.shape != logits.shape[1:]:
+        raise ValueError(
+            f"class_counts has shape {tuple(counts.shape)}, but logits (student_logits or "
+            f"teacher_logits) of shape {tuple(logits.shape)} have {logits.shape[1]} classes"
+        )
+    return counts.to(logits.device, dtype)
+
+
+def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(target / T) || softmax(student / T)), both (B, C), as a scalar.
+
+    T^2 keeps the gradient's size about the same at every temperature: it shrinks as 1 / T^2.
+    "batchmean" sums over the classes and takes the mean over the images, as the definition of the
+    divergence has it; plain "mean" would divide by C, too. The target is passed on as a
+    probability, not as its logarithm, so that a class of probability 0 adds 0. It receives no
+    gradient, and is computed in the student's dtype.
+    """
+    if student_logits.ndim != 2 or student_logits.shape != target_logits.shape:
+        raise ValueError(
+            "student_logits and the target (teacher_logits or rectified_logits) must both be "
+            f"(B, C), not {tuple(student_logits.shape)} and {tuple(target_logits.shape)}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    log_p = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    kl = temperature**2 * F.kl_div(log_student, log_p, reduction="batchmean", log_target=True)
-    return F.cross_entropy(student_logits, targets) + alpha * kl
 
-def effective_number_weights(class_counts: list[float] | torch.Tensor,
-                             beta: float = 0.9999) -> torch.Tensor:
-    """Inverse effective numbers of images, with mean 1 (Cui et al. 2019, arXiv 1901.05555).
+    student = at_least_float32(student_logits)
+    target = target_logits.detach().to(student.dtype)
+    q = F.softmax(target / temperature, dim=1)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p, q, reduction="batchmean")
 
-    w_c = C v_c / sum_j v_j, v_c = (1 - beta) / (1 - beta^n_c). class_counts n: C numbers. Returns
-    (C,) float64. ValueError: other shapes, beta outside [0, 1), counts < 1 (in a tensor unchecked).
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """KD: imitate the softened teacher, its bias included (Hinton et al. 2015, arXiv 1503.02531).
+
+        L = CE(z, y) + alpha T^2 KL(p || softmax(z / T)),    p = softmax(z_teacher / T)
+
+    A label of -100 is ignored by CE alone, here and in all losses: the KL needs no label.
+
+    student_logits    z, (B, C) float
+    teacher_logits    z_teacher, (B, C) float; receives no gradient
+    targets           y, (B,) int64
+    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
+    that are not (B, C) and for a temperature <= 0.
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    listed = not isinstance(class_counts, torch.Tensor)
-    if counts.ndim != 1 or listed and not (counts >= 1).all():
-        raise ValueError(f"class_counts must be C numbers of at least 1, not {class_counts}")
+    target_logits = teacher_logits
+
+    ce = F.cross_entropy(at_least_float32(student_logits), targets)
+    return ce + alpha * kl_to_target(student_logits, target_logits, temperature)
+
+
+def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tensor:
+    """One weight for each class: its inverse effective number of images (arXiv 1901.05555).
+
+        w_c = C v_c / sum_j v_j,    v_c = (1 - beta) / (1 - beta^n_c)
+
+    beta = 0 weighs all classes alike; towards 1 the weights approach 1 / n_c. The factor 1 - beta
+    cancels in w. expm1 stays exact where beta^n_c is near 1.
+
+    class_counts      n, (C,), each at least 1
+    Returns (C,) of mean 1, in float32, or in the dtype of class_counts if that is a float tensor.
+    Raises ValueError for class_counts of another shape and a beta outside [0, 1).
+    """
+    counts = torch.as_tensor(class_counts)
+    if counts.ndim != 1:
+        raise ValueError(f"class_counts must be (C,), not {tuple(counts.shape)}")
+    if not isinstance(class_counts, Tensor) and not (counts >= 1).all():  # see as_counts
+        raise ValueError(f"class_counts must be at least 1, not {class_counts}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
-    log_beta = counts.new_full((), beta).log()
-    v = (1 - beta) / -torch.expm1(counts * log_beta)  # expm1 stays exact where beta^n is near 1
-    return len(counts) * v / v.sum()
 
-def bkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
-             class_counts: list[float] | torch.Tensor, temperature: float = 2.0,
-             alpha: float = 1.0, beta: float = 0.9999) -> torch.Tensor:
-    """BKD: CE(z, y) + alpha KL_T(q, z), q the re-weighted teacher (arXiv 2104.10510, its code).
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    v = 1 / -torch.expm1(counts * log_beta)
+    return v / v.mean()
 
-    q_c = w_c p_c / sum_j w_j p_j, p = softmax(teacher_logits/T), w = effective_number_weights: one
-    for each class c, because that of an image's label would cancel. KL_T: see kd_loss.
-    student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64. class_counts: C numbers.
-    Scalar, mean over the batch. ValueError: as in kd_loss and effective_number_weights.
+
+def bkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    class_counts: Counts,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    beta: float = 0.9999,
+) -> Tensor:
+    """Balanced KD: the teacher's probabilities of rare classes are raised (arXiv 2104.10510).
+
+        L   = CE(z, y) + alpha T^2 KL(q || softmax(z / T))
+        q_c = w_c p_c / sum_j w_j p_j,    p = softmax(z_teacher / T)
+
+    w is effective_number_weights: one weight for each class of the target. A weight for each
+    image, by its label, would cancel in q and leave plain KD. Adding T log w to the logits is the
+    same as weighting the probabilities. Follows the paper's released code.
+
+    student_logits    z, (B, C) float
+    teacher_logits    z_teacher, (B, C) float; receives no gradient
+    targets           y, (B,) int64
+    class_counts      training images of each class, (C,), each at least 1
+    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for a shape
+    that would broadcast, a temperature <= 0 and a beta outside [0, 1).
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    log_w = effective_number_weights(class_counts, beta).log().to(teacher_logits)
-    if log_w.shape != teacher_logits.shape[1:]:
-        raise ValueError(f"class_counts: {log_w.shape}, not {teacher_logits.shape[1:]}")
-    log_q = F.log_softmax(teacher_logits.detach() / temperature + log_w, dim=1)
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    kl = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
-    return F.cross_entropy(student_logits, targets) + alpha * kl
+    counts = as_counts(class_counts, teacher_logits)
+    log_w = effective_number_weights(counts, beta).log()
+    target_logits = teacher_logits + temperature * log_w
 
-def cbd_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
-             teacher_features: list[torch.Tensor], targets: torch.Tensor,
-             alpha: float = 0.4, beta: float = 100.0) -> torch.Tensor:
-    """CBD: (1 - alpha) CE(z, y) + alpha beta mean_B(1 - cos(s, t)) (arXiv 2104.05279, its code).
+    ce = F.cross_entropy(at_least_float32(student_logits), targets)
+    return ce + alpha * kl_to_target(student_logits, target_logits, temperature)
 
-    t joins the features of K teachers, each scaled to length 1. CBD's batches draw all classes
-    equally often. student_logits z: (B, C) float, in CBD 20 times the cosines of s and the class
-    vectors. student_features s: (B, D_1 + ... + D_K). teacher_features: K tensors (B, D_k). targets
-    y: (B,) int64. Scalar, mean over the batch. Raises ValueError where s and t differ in shape.
+
+def cbd_loss(
+    student_logits: Tensor,
+    student_features: Tensor,
+    teacher_features: list[Tensor],
+    targets: Tensor,
+    alpha: float = 0.4,
+    beta: float = 100.0,
+) -> Tensor:
+    """Class-balanced distillation: imitate the teachers' features (arXiv 2104.05279, its code).
+
+        L = (1 - alpha) CE(z, y) + alpha beta mean_B(1 - cos(s, t))
+        t = [t_1 / |t_1|, ..., t_K / |t_K|], joined
+
+    The balance is in the batches, not here: they draw all classes equally often (Batches with
+    sampler "class"). The logits are those of models.CosineClassifier on top of s.
+
+    student_logits    z, (B, C) float, 20 times the cosines of s and the class vectors
+    student_features  s, (B, D_1 + ... + D_K) float: as wide as all teachers together
+    teacher_features  a list of K tensors (B, D_k) float; they receive no gradient
+    targets           y, (B,) int64
+    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
+    that are not (B, C), a bare tensor as teacher_features, and widths that do not agree.
     """
-    t = torch.cat([F.normalize(features.detach(), dim=1) for features in teacher_features], dim=1)
+    if student_logits.ndim != 2:
+        raise ValueError(f"student_logits must be (B, C), not {tuple(student_logits.shape)}")
+    if isinstance(teacher_features, Tensor):
+        raise ValueError("teacher_features must be a list of tensors, one for each teacher")
+    unit_features = [F.normalize(at_least_float32(f.detach()), dim=1) for f in teacher_features]
+    t = torch.cat(unit_features, dim=1)
     if student_features.shape != t.shape:
-        raise ValueError(f"student_features: {student_features.shape}, teacher_features: {t.shape}")
-    l_fd = (1 - F.cosine_similarity(student_features, t, dim=1)).mean()
-    return (1 - alpha) * F.cross_entropy(student_logits, targets) + alpha * beta * l_fd
+        raise ValueError(
+            f"student_features has shape {tuple(student_features.shape)}, "
+            f"teacher_features side by side {tuple(t.shape)}"
+        )
 
-def balanced_softmax_loss(logits: torch.Tensor, targets: torch.Tensor,
-                          class_counts: list[float] | torch.Tensor) -> torch.Tensor:
-    """Balanced softmax: CE(z + log pi, y), pi_c = n_c / sum n (Ren et al. 2020, arXiv 2007.10740).
+    ce = F.cross_entropy(at_least_float32(student_logits), targets)
+    l_fd = (1 - F.cosine_similarity(at_least_float32(student_features), t, dim=1)).mean()
+    return (1 - alpha) * ce + alpha * beta * l_fd
 
-    For training: a test uses z as it is. logits z: (B, C) float. targets y: (B,) int64. Scalar,
-    mean over the batch. class_counts n: C numbers >= 1, or ValueError (in a tensor unchecked).
+
+def balanced_softmax_loss(logits: Tensor, targets: Tensor, class_counts: Counts) -> Tensor:
+    """Balanced softmax: the class shares are added, so that the network need not learn them.
+
+        L = CE(z + log pi, y),    pi_c = n_c / sum_j n_j        (Ren et al. 2020, arXiv 2007.10740)
+
+    For training alone: a test uses z as it is.
+
+    logits            z, (B, C) float
+    targets           y, (B,) int64
+    class_counts      n, training images of each class, (C,), each at least 1
+    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
+    that are not (B, C) and for class_counts that are not C numbers of at least 1.
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    listed = not isinstance(class_counts, torch.Tensor)
-    if counts.shape != logits.shape[1:] or listed and not (counts >= 1).all():
-        raise ValueError(f"class_counts must be {logits.shape[1]} numbers >= 1, not {class_counts}")
-    log_pi = (counts / counts.sum()).log().to(logits)
-    return F.cross_entropy(logits + log_pi, targets)
+    counts = as_counts(class_counts, logits)
+    z = at_least_float32(logits)
+    log_pi = (counts / counts.sum()).log().to(z.dtype)
 
-def dive_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor,
-              class_counts: list[float] | torch.Tensor, temperature: float = 2.0,
-              alpha: float = 0.5, power: float = 0.5) -> torch.Tensor:
-    """DiVE: (1 - alpha) CE(z + log pi, y) + alpha KL_T(q, z), q flattened (arXiv 2103.15042).
+    return F.cross_entropy(z + log_pi, targets)
 
-    q_c = p_c^power / sum_j p_j^power, p = softmax(teacher_logits/T), of a balanced softmax teacher.
-    KL_T: see kd_loss. student_logits z, teacher_logits: (B, C) float. targets y: (B,) int64.
-    class_counts: C numbers. Mean over the batch. ValueError: as in kd_loss, balanced_softmax_loss.
+
+def dive_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    class_counts: Counts,
+    temperature: float = 2.0,
+    alpha: float = 0.5,
+    power: float = 0.5,
+) -> Tensor:
+    """DiVE: imitate a flattened teacher, trained with balanced softmax (arXiv 2103.15042).
+
+        L   = (1 - alpha) CE(z + log pi, y) + alpha T^2 KL(q || softmax(z / T))
+        q_c = p_c^power / sum_j p_j^power,    p = softmax(z_teacher / T)
+
+    Follows the code in BagofTricks-LT. power = 1 leaves the teacher as it is.
+
+    student_logits    z, (B, C) float
+    teacher_logits    z_teacher, (B, C) float; receives no gradient
+    targets           y, (B,) int64
+    class_counts      training images of each class, (C,), each at least 1
+    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError as kd_loss
+    and balanced_softmax_loss do.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    log_q = F.log_softmax(power * teacher_logits.detach() / temperature, dim=1)
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    kl = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
-    return (1 - alpha) * balanced_softmax_loss(student_logits, targets, class_counts) + alpha * kl
+    target_logits = power * teacher_logits
 
-def balanced_prototypes(class_means: torch.Tensor) -> torch.Tensor:
-    """A balanced arrangement of C classes near the teacher's own: no direction is much favoured.
+    bsce = balanced_softmax_loss(student_logits, targets, class_counts)
+    return (1 - alpha) * bsce + alpha * kl_to_target(student_logits, target_logits, temperature)
 
-    Our reconstruction of the abstract's "balanced category priors": M_c = m_c - mean_c m_c, thin
-    SVD M = U S V^T, P = U V^T, rows scaled to length 1; for D >= C - 1 the simplex ETF, in which
-    all pairs have the cosine -1/(C-1). class_means m: (C, D), C > 1, or ValueError. Returns (C, D).
+
+# KRDistill, OUR RECONSTRUCTION: of the paper (arXiv 2409.07694) only the abstract could be had. It
+# says that the teacher's imbalance is mended in its representation, by balanced category priors,
+# and in its predictions; the equations are ours. The order in which the four functions are used:
+#
+#     class_means = ...       # once, (C, D): the teacher's mean features of each class, on training
+#                             # images without augmentation, in eval mode
+#     prototypes = balanced_prototypes(class_means)                                # once, (C, D)
+#     adapter = torch.nn.Linear(student_width, D)         # trained with the student, then dropped
+#
+#     rectified_logits = rectify_logits(teacher_logits, targets, class_counts)     # in each step
+#     rectified_features = rectify_features(teacher_features, targets, class_means, prototypes)
+#     loss = krdistill_loss(student_logits, adapter(student_features), rectified_logits,
+#                           rectified_features, targets, class_counts)
+
+
+def balanced_prototypes(class_means: Tensor) -> Tensor:
+    """A place for each class, such that no direction and no class is favoured.
+
+        M_c = m_c - mean_j m_j,    M = U S V^T (thin),    P = U V^T, its rows scaled to length 1
+
+    A long-tailed teacher spends long directions on head classes and short ones on the tail. S
+    holds those lengths: dropping S makes all directions equally long, and keeps the classes as
+    near to the teacher's own arrangement as that allows. For D >= C - 1 every two prototypes have
+    the cosine -1 / (C - 1), a simplex equiangular tight frame; for smaller D it is a tight frame.
+
+    class_means       m, (C, D) float, C >= 2
+    Returns (C, D), on the device of class_means, in float32 or float64. Raises ValueError for
+    another shape. Our reconstruction of the abstract's "balanced category priors".
     """
     if class_means.ndim != 2 or len(class_means) < 2:
-        raise ValueError(f"class_means must be (C, D) with C >= 2, not {class_means.shape}")
-    centred = class_means.double() - class_means.double().mean(0)
-    u, s, vt = torch.linalg.svd(centred, full_matrices=False)
+        raise ValueError(f"class_means must be (C, D) with C >= 2, not {tuple(class_means.shape)}")
+
+    means = class_means.detach().cpu().double()  # once a run; not every device has float64
+    u, s, vt = torch.linalg.svd(means - means.mean(0), full_matrices=False)
     kept = s > 1e-9 * s[0]  # the directions that the centred means span, at most C - 1
-    return F.normalize(u[:, kept] @ vt[kept], dim=1).to(class_means)
+    prototypes = F.normalize(u[:, kept] @ vt[kept], dim=1)
+    return prototypes.to(class_means.device, at_least_float32(class_means).dtype)
 
-def rectify_features(teacher_features: torch.Tensor, targets: torch.Tensor,
-                     class_means: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    """Move each feature vector from its class mean to its class's balanced place.
 
-    Our reconstruction: t - m_y + a P_y, scaled to length 1; a is the mean distance of the m_c from
-    their centre. teacher_features t, result: (B, D) float. targets y: (B,) int64. class_means m:
-    (C, D), of training images. prototypes P: balanced_prototypes(m). ValueError: other shapes.
+def rectify_features(
+    teacher_features: Tensor, targets: Tensor, class_means: Tensor, prototypes: Tensor
+) -> Tensor:
+    """Move each feature vector from its class's mean to its class's balanced place.
+
+        r = (t - m_y + a P_y) / |...|,    a = mean_c |m_c - mean_j m_j|
+
+    What distinguishes an image from its class (t - m_y) stays; where the class lies is replaced.
+    a is one length for all classes: the teacher's own average.
+
+    teacher_features  t, (B, D) float
+    targets           y, (B,) int64
+    class_means       m, (C, D) float
+    prototypes        P, (C, D) float, of balanced_prototypes(class_means)
+    Returns r, (B, D), rows of length 1, in float32 or float64. Raises ValueError for shapes that do
+    not agree. Our reconstruction.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
-        raise ValueError(f"teacher_features {teacher_features.shape} unfit for targets, prototypes")
+        raise ValueError(
+            "teacher_features, targets and prototypes must be (B, D), (B,) and (C, D), not "
+            f"{tuple(teacher_features.shape)}, {tuple(targets.shape)}, {tuple(prototypes.shape)}"
+        )
     if class_means.shape != prototypes.shape:
-        raise ValueError(f"class_means: {class_means.shape}, not {prototypes.shape}")
-    scale = (class_means - class_means.mean(0)).norm(dim=1).mean()
-    return F.normalize(teacher_features + (scale * prototypes - class_means)[targets], dim=1)
+        raise ValueError(
+            f"class_means and prototypes must both be (C, D), not {tuple(class_means.shape)} and "
+            f"{tuple(prototypes.shape)}"
+        )
 
-def rectify_logits(teacher_logits: torch.Tensor, targets: torch.Tensor,
-                   class_counts: list[float] | torch.Tensor) -> torch.Tensor:
+    means = at_least_float32(class_means)
+    a = (means - means.mean(0)).norm(dim=1).mean()
+    shift = a * prototypes - means
+    return F.normalize(at_least_float32(teacher_features) + shift[targets], dim=1)
+
+
+def rectify_logits(teacher_logits: Tensor, targets: Tensor, class_counts: Counts) -> Tensor:
     """Take the class prior out of the teacher's logits, then let the true class rank first.
 
-    Our reconstruction: z~ = teacher_logits - log pi, pi_c = n_c / sum n; where its largest entry is
-    not the true class's, the two change places. For a teacher trained with balanced softmax, pass
-    teacher_logits + log pi: its own hold no prior. teacher_logits: (B, C) float. targets: (B,)
-    int64. class_counts n: C numbers. Returns (B, C). ValueError: shapes; see balanced_softmax_loss.
+        r = z_teacher - log pi,    pi_c = n_c / sum_j n_j;    then r_y and max_c r_c change places
+
+    A network trained with CE learns the class shares pi into its logits. One trained with balanced
+    softmax does not: call this with equal class_counts then. The exchange mends what is still
+    wrong on a training image and keeps all values. Subtracting log pi is also what xERM does (AAAI
+    2022, arXiv 2112.14380) and, by a third party's re-implementation, CCKD (ICML 2024).
+
+    teacher_logits    z_teacher, (B, C) float
+    targets           y, (B,) int64
+    class_counts      n, training images of each class, (C,), each at least 1
+    Returns r, (B, C), in float32 or float64. Raises ValueError for shapes that do not agree. Our
+    reconstruction.
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    listed = not isinstance(class_counts, torch.Tensor)
-    if counts.shape != teacher_logits.shape[1:] or listed and not (counts >= 1).all():
-        raise ValueError(f"class_counts: not {teacher_logits.shape[1]} counts >= 1: {class_counts}")
+    counts = as_counts(class_counts, teacher_logits)
     if targets.shape != teacher_logits.shape[:1]:
-        raise ValueError(f"targets: {targets.shape}, not {teacher_logits.shape[:1]}")
-    z = teacher_logits - (counts / counts.sum()).log().to(teacher_logits)
-    true, top = targets[:, None], z.argmax(dim=1, keepdim=True)
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, teacher_logits "
+            f"{tuple(teacher_logits.shape)}: not (B,) and (B, C)"
+        )
+
+    z = at_least_float32(teacher_logits)
+    z = z - (counts / counts.sum()).log().to(z.dtype)
+    true = targets[:, None]
+    top = z.argmax(dim=1, keepdim=True)
     return z.scatter(1, top, z.gather(1, true)).scatter(1, true, z.gather(1, top))
 
-def krdistill_loss(student_logits: torch.Tensor, student_features: torch.Tensor,
-                   teacher_logits: torch.Tensor, rectified_features: torch.Tensor,
-                   targets: torch.Tensor, class_counts: list[float] | torch.Tensor,
-                   temperature: float = 2.0, alpha: float = 1.0, gamma: float = 2.0
-                   ) -> torch.Tensor:
-    """KRDistill, our reconstruction: CE(z + log pi, y) + alpha L_LRD + gamma L_RRD.
 
-    From the abstract of arXiv 2409.07694, all we had of the paper. L_LRD: KL_T(q, z) as in kd_loss,
-    q = softmax(rectify_logits / T). L_RRD: mean_B(1 - cos(g, r)). student_logits z, teacher_logits
-    (see rectify_logits): (B, C) float. student_features g: (B, D), mapped to the teacher's width by
-    a learned Linear. rectified_features r: (B, D), of rectify_features. targets y: (B,) int64.
-    class_counts: C numbers. Mean over the batch. ValueError: as in kd_loss, balanced_softmax_loss.
+def krdistill_loss(
+    student_logits: Tensor,
+    student_features: Tensor,
+    rectified_logits: Tensor,
+    rectified_features: Tensor,
+    targets: Tensor,
+    class_counts: Counts,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    gamma: float = 2.0,
+) -> Tensor:
+    """KRDistill: imitate a teacher whose logits and features were balanced (arXiv 2409.07694).
+
+        L     = CE(z + log pi, y) + alpha L_LRD + gamma L_RRD
+        L_LRD = T^2 KL(softmax(r / T) || softmax(z / T)),    L_RRD = mean_B(1 - cos(f, g))
+
+    CE is the balanced softmax, so that labels and teacher speak of the same balanced world. The
+    student's features pass a learned linear map first: features after a ReLU have no negative
+    entries, the rectified ones have, so that without the map they could not meet.
+
+    student_logits      z, (B, C) float
+    student_features    f, (B, D) float, already mapped to the teacher's width
+    rectified_logits    r, (B, C) float, of rectify_logits; receives no gradient
+    rectified_features  g, (B, D) float, of rectify_features; receives no gradient
+    targets             y, (B,) int64
+    class_counts        training images of each class, (C,), each at least 1
+    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for shapes
+    that do not agree and a temperature <= 0. Our reconstruction, from the abstract.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"teacher_logits: {teacher_logits.shape}, not {student_logits.shape}")
+    target_logits = rectified_logits
     if student_features.shape != rectified_features.shape:
-        raise ValueError(f"rectified_features must be {student_features.shape} as student_features")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    rectified_logits = rectify_logits(teacher_logits.detach(), targets, class_counts)
-    log_q = F.log_softmax(rectified_logits / temperature, dim=1)
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    l_lrd = temperature**2 * F.kl_div(log_student, log_q, reduction="batchmean", log_target=True)
-    l_rrd = (1 - F.cosine_similarity(student_features, rectified_features.detach(), dim=1)).mean()
+        raise ValueError(
+            f"student_features has shape {tuple(student_features.shape)}, rectified_features "
+            f"{tuple(rectified_features.shape)}"
+        )
+
     bsce = balanced_softmax_loss(student_logits, targets, class_counts)
+    l_lrd = kl_to_target(student_logits, target_logits, temperature)
+    f, g = at_least_float32(student_features), at_least_float32(rectified_features.detach())
+    l_rrd = (1 - F.cosine_similarity(f, g, dim=1)).mean()
     return bsce + alpha * l_lrd + gamma * l_rrd
 
-# ---- 2 methods: a new one is a loss, an entry here, a case in Trainer.loss, its new flags in FLAGS
-# hyper: the loss's hyperparameters and defaults, of their type in FLAGS. teacher: the method of its
-# teacher by default. sampler: "instance" takes each image once an epoch, "class" all classes
-# equally often. head: both networks' classifier. uses: teachers' "features" or "class means".
-Method = make_dataclass("Method", ["hyper", ("teacher", str, ""), ("sampler", str, "instance"),
-                                   ("head", str, "linear"), ("uses", str, "")], frozen=True)
-SOFT = {"temperature": 2.0, "alpha": 1.0}
+
+# +----------------------------------------------------------------------------------------------+
+# | 2 Methods and settings                                                                       |
+# |                                                                                              |
+# | A new method is a loss in section 1, an entry in METHODS, a case in Trainer.loss, and a flag |
+# | in parse_flags for each hyperparameter that has none yet. Nothing else.                      |
+# +----------------------------------------------------------------------------------------------+
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes a method, besides its loss."""
+
+    about: str  # one sentence, for --help
+    hyper: dict[str, float] = field(default_factory=dict)  # its hyperparameters and their defaults
+    highest: dict[str, float] = field(default_factory=dict)  # their upper limits, where they differ
+    teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
+    sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
+    head: str = "linear"  # the classifier of student and teacher, or "cosine"
+    uses: str = ""  # what it needs of its teachers besides logits: "features" or "class means"
+    learns_prior: bool = True  # its logits contain log pi; False: its loss or sampler balances
+
+
 METHODS = {
-    "ce": Method({}), "bsce": Method({}),  # without a teacher
-    "kd": Method(SOFT, "ce"),
-    "bkd": Method(SOFT | {"beta": 0.9999, "bkd_start": 0.0}, "ce"),
-    "cbd": Method({"alpha": 0.4, "beta": 100.0}, "ce", "class", "cosine", "features"),
-    "dive": Method(SOFT | {"alpha": 0.5, "power": 0.5}, "bsce"),
-    "krdistill": Method(SOFT | {"gamma": 2.0}, "ce", uses="class means"),
+    "ce": Method("cross-entropy on the images alone"),
+    "bsce": Method("balanced softmax on the images alone", learns_prior=False),
+    "kd": Method(
+        "vanilla distillation: imitate the softened teacher",
+        hyper={"temperature": 2.0, "alpha": 1.0},
+        teacher="ce",
+    ),
+    "bkd": Method(
+        "balanced distillation: rare classes weigh more in the teacher's answer",
+        hyper={"temperature": 2.0, "alpha": 1.0, "beta": 0.9999, "bkd_start": 0.0},
+        highest={"beta": 0.9999999},
+        teacher="ce",
+    ),
+    "cbd": Method(
+        "class-balanced distillation: imitate features, draw all classes equally often",
+        hyper={"alpha": 0.4, "beta": 100.0},
+        highest={"alpha": 1.0},
+        teacher="ce",
+        sampler="class",
+        head="cosine",
+        uses="features",
+        learns_prior=False,
+    ),
+    "dive": Method(
+        "virtual examples: imitate a flattened teacher, trained with balanced softmax",
+        hyper={"temperature": 2.0, "alpha": 0.5, "power": 0.5},
+        highest={"alpha": 1.0},
+        teacher="bsce",
+        learns_prior=False,
+    ),
+    "krdistill": Method(
+        "knowledge rectification (our reconstruction): imitate a balanced teacher",
+        hyper={"temperature": 2.0, "alpha": 1.0, "gamma": 2.0},
+        teacher="ce",
+        uses="class means",
+        learns_prior=False,
+    ),
 }
-BKD_START = {"cifar10": 0.8}  # the share of epochs before BKD's weights act there, as in its code
 
-# ---- 3 training
-# What decides a run's numbers, besides the device and its threads. data: a digest of the images.
-# colour: SimCLR's distortion. teachers: network, method, head, colour, seed or checkpoint of each.
-Config = make_dataclass("Config", [
-    "dataset", "data", "imb", "imb_type", "subset_seed", "method", "hyper", "network", "head",
-    "teachers", "seed", "epochs", "batch_size", "lr", "weight_decay", "precision", "colour",
-], frozen=True)
 
-def learning_rate(epoch, epochs, base):
-    """In epoch 0 .. epochs-1: five epochs up to base, x0.01 from 80 %, x0.0001 from 90 %."""
-    decay = 0.01 if 10 * epoch >= 8 * epochs else 1.0
-    decay = 0.0001 if 10 * epoch >= 9 * epochs else decay
-    return base * decay * min(1.0, (epoch + 1) / 5)
+def default_hyper(method: str, dataset: str) -> dict[str, float]:
+    """The method's hyperparameters; on cifar10 BKD's code begins only at 80 % of the epochs."""
+    hyper = dict(METHODS[method].hyper)
+    if method == "bkd" and dataset == "cifar10":
+        hyper["bkd_start"] = 0.8
+    return hyper
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides a run's numbers, besides the device and its number of threads."""
+
+    dataset: str  # cifar10, cifar100, synthetic, or the name of a .npz file
+    data: str  # a digest of all images and labels
+    imb: float  # training images of the largest class over those of the smallest
+    method: str  # a key of METHODS
+    hyper: dict[str, float]  # the method's hyperparameters, as default_hyper
+    network: str  # a key of models.NETWORKS
+    head: str  # its classifier: "linear" or "cosine"
+    teachers: list[dict]  # of each: network, method, head, colour, and seed or checkpoint
+    seed: int  # of weights, batches and augmentation
+    precision: str  # "fp32" or "bf16"
+    imb_type: str = "exp"  # how the classes shrink: "exp" or "step"
+    subset_seed: int = 0  # which images are kept; 0: the published ones
+    epochs: int = 200
+    batch_size: int = 128
+    lr: float = 0.1  # the highest learning rate
+    weight_decay: float = 2e-4  # on all parameters
+    colour: bool = False  # whether the images' colours are distorted, as SimCLR does
+
+
+# +----------------------------------------------------------------------------------------------+
+# | 3 Training                                                                                   |
+# |                                                                                              |
+# | Teachers and students alike go through Trainer and train. Trainer.step is all that a step    |
+# | does; on a GPU it is recorded once as a CUDA graph and replayed.                             |
+# +----------------------------------------------------------------------------------------------+
+
+
+class DivergedError(Exception):
+    """The loss or the weights are not finite any more."""
+
+
+class CaptureError(Exception):
+    """A step could not be recorded as a CUDA graph."""
+
+
+def learning_rate(epoch: int, epochs: int, highest: float) -> float:
+    """In epoch 0 .. epochs-1: five epochs up to highest, x0.01 from 80 %, x0.0001 from 90 %."""
+    if 10 * epoch >= 9 * epochs:
+        decay = 0.0001
+    elif 10 * epoch >= 8 * epochs:
+        decay = 0.01
+    else:
+        decay = 1.0
+    return highest * decay * min(1.0, (epoch + 1) / 5)
+
 
 class Trainer:
-    """A network in training: weights, optimizer, batches and frozen teachers on one device."""
-    def __init__(self, config, data, teachers, device):
-        self.config, self.device = config, device
-        method, num_classes = METHODS[config.method], len(data.class_counts)
-        width, own_width = sum(t.num_features for t in teachers), NETWORKS[config.network][2][-1]
-        self.network = {"name": config.network, "num_classes": num_classes, "head": config.head}
-        if method.uses == "features" and width != own_width:
-            self.network["projection"] = width  # as many features as all teachers together
-        self.adapter = torch.nn.Identity()
-        with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same start on every device
+    """One network in training, with all that a step needs: frozen teachers, batches, optimizer."""
+
+    def __init__(self, config: Config, data: Dataset, teachers: list[ResNet], device: torch.device):
+        method = METHODS[config.method]
+        self.config = config
+        self.device = device
+        # The loss's own arguments. bkd_start is none of them: start_epoch acts on it.
+        self.hyper = {key: value for key, value in config.hyper.items() if key != "bkd_start"}
+
+        # The student, and krdistill's map from its features to the teacher's. The weights are
+        # drawn on the CPU, so that a seed starts alike on every device.
+        student_width = NETWORKS[config.network][2][-1]
+        teacher_width = sum(teacher.num_features for teacher in teachers)
+        self.network = {
+            "name": config.network,
+            "num_classes": len(data.class_counts),
+            "head": config.head,
+        }
+        if method.uses == "features" and student_width != teacher_width:
+            self.network["projection"] = teacher_width  # as wide as all teachers together
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.student = ResNet(**self.network)
+            self.adapter = nn.Identity()
             if method.uses == "class means":
-                self.adapter = torch.nn.Linear(own_width, width)
-        contiguous = device.type == "cuda" and config.precision == "fp32"  # see pytorch issue 44943
-        self.layout = torch.contiguous_format if contiguous else torch.channels_last
-        self.teachers = torch.nn.ModuleList(teachers).eval().requires_grad_(False)
-        for module in self.teachers.modules():  # cast once: autocast would in every step
-            if isinstance(module, torch.nn.Conv2d) and config.precision == "bf16":
+                self.adapter = nn.Linear(student_width, teacher_width)
+
+        # The teachers. Their convolutions are cast once; autocast would cast them in every step.
+        self.teacher_digests = [weights_digest(teacher) for teacher in teachers]
+        self.teachers = nn.ModuleList(teachers).eval().requires_grad_(False)
+        for module in self.teachers.modules():
+            if isinstance(module, nn.Conv2d) and config.precision == "bf16":
                 module.bfloat16()
-        for network in (self.student, self.teachers):
+
+        # The layout in memory. channels_last is the faster one for bf16, and on a CPU for float32,
+        # too. For float32 on a GPU it was reported to be slower (pytorch issue 44943; not measured
+        # here).
+        contiguous = device.type == "cuda" and config.precision == "fp32"
+        self.layout = torch.contiguous_format if contiguous else torch.channels_last
+        for network in (self.student, self.adapter, self.teachers):
             network.to(device, memory_format=self.layout)
-        parameters = [*self.student.parameters(), *self.adapter.to(device).parameters()]
-        self.lr = torch.tensor(0.0, device=device)  # a tensor: a CUDA graph reads its new value
-        self.optimizer = torch.optim.SGD(parameters, self.lr, momentum=0.9, fused=True,
-                                         weight_decay=config.weight_decay)
+
+        # The optimizer. Its learning rate is a tensor, because a CUDA graph would keep a number as
+        # it was when recorded. Its momentum is there from the start, because a graph cannot make
+        # tensors that outlive it.
+        parameters = [*self.student.parameters(), *self.adapter.parameters()]
+        self.lr = torch.tensor(0.0, device=device)
+        self.optimizer = torch.optim.SGD(
+            parameters, self.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True
+        )
         self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
         for parameter, buffer in zip(parameters, self.momentum, strict=True):
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+        # The batches, and what the losses need of the data. BKD acts through counts of its own.
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.batches = Batches(data.train_images, data.train_targets, data.class_counts,
-                               config.batch_size, device, method.sampler, config.colour)
+        self.batches = Batches(
+            data.train_images,
+            data.train_targets,
+            data.class_counts,
+            config.batch_size,
+            device,
+            method.sampler,
+            config.colour,
+        )
         self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
         self.bkd_counts = self.class_counts.clone()
         if method.uses == "class means":
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
-            balanced = config.teachers[0]["method"] in ("bsce", "dive", "krdistill")
-            shares = self.class_counts / self.class_counts.sum()
-            self.log_pi = shares.log().float() if balanced else 0.0  # see rectify_logits
+            # Where the teacher learned no prior, equal counts leave its logits as they are.
+            learns_prior = METHODS[config.teachers[0]["method"]].learns_prior
+            ones = torch.ones_like(self.class_counts)
+            self.prior_counts = self.class_counts if learns_prior else ones
+
+        # Sums over the images of an epoch. They stay on the device until the epoch is over.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), device=device)
-        self.state = [*parameters, *self.student.buffers(), *self.momentum, self.batches.position,
-                      self.loss_sum, self.correct]
 
-    def start_epoch(self, epoch):
+    def state_dict(self) -> dict:
+        """All that a step changes, and the generator: what capture restores, and last.pt keeps.
+
+        The tensors are the trainer's own, not copies.
+        """
+        return {
+            "student": self.student.state_dict(),
+            "adapter": self.adapter.state_dict(),
+            "momentum": self.momentum,
+            "generator": self.generator.get_state(),
+            "progress": [self.batches.position, self.loss_sum, self.correct],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Copy a state_dict into the trainer's own tensors, which keep their place in memory."""
+        load_weights(self.student, state["student"])
+        load_weights(self.adapter, state["adapter"])
+        for buffer, saved in zip(self.momentum, state["momentum"], strict=True):
+            buffer.copy_(saved)
+        self.generator.set_state(state["generator"])
+        progress = [self.batches.position, self.loss_sum, self.correct]
+        # Files of version 2 hold no progress. They need none: an epoch begins with zeros.
+        for tensor, saved in zip(progress, state.get("progress", progress), strict=True):
+            tensor.copy_(saved)
+
+    def start_epoch(self, epoch: int) -> None:
         """Set the learning rate and BKD's weights, and shuffle the images, for epoch 0, 1, ..."""
         self.lr.fill_(learning_rate(epoch, self.config.epochs, self.config.lr))
-        if self.config.method == "bkd":  # equal counts give equal weights: BKD is KD until it acts
+        if self.config.method == "bkd":
+            # Equal counts give equal weights: until it starts, BKD is KD.
             acts = epoch >= self.config.hyper["bkd_start"] * self.config.epochs
             self.bkd_counts.copy_(self.class_counts if acts else torch.ones_like(self.bkd_counts))
         self.student.train()
@@ -297,60 +678,105 @@ class Trainer:
         self.loss_sum.zero_()
         self.correct.zero_()
 
-    def step(self, size):
+    def step(self, size: int) -> None:
         """One step of SGD on the next `size` images. It never waits for the device."""
         images, targets = self.batches.next(size)
         images = images.contiguous(memory_format=self.layout)
+
         with mixed_precision(self.device, self.config.precision):
             with torch.no_grad():
-                teachers = [teacher(images) for teacher in self.teachers]
-            student = self.student(images)
-        loss = self.loss(student, teachers, targets)
+                teacher_outputs = [teacher(images) for teacher in self.teachers]
+            student_output = self.student(images)
+        loss = self.loss(student_output, teacher_outputs, targets)
+
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.loss_sum += size * loss.detach().double()
-        self.correct += (student.logits.argmax(dim=1) == targets).sum()
 
-    def loss(self, student, teachers, targets):
-        """The method's loss of one batch, a scalar; student and teachers are their Outputs."""
-        z, counts, hyper = student.logits, self.class_counts, self.config.hyper
+        self.loss_sum += size * loss.detach().double()
+        self.correct += (student_output.logits.argmax(dim=1) == targets).sum()
+
+    def loss(
+        self, student_output: Output, teacher_outputs: list[Output], targets: Tensor
+    ) -> Tensor:
+        """The method's loss of one batch, a scalar."""
+        student_logits = student_output.logits
+        counts = self.class_counts
+        teacher = teacher_outputs[0] if teacher_outputs else None
+
         match self.config.method:
             case "ce":
-                return F.cross_entropy(z, targets)
+                return F.cross_entropy(student_logits, targets)
+
             case "bsce":
-                return balanced_softmax_loss(z, targets, counts)
+                return balanced_softmax_loss(student_logits, targets, counts)
+
             case "kd":
-                return kd_loss(z, teachers[0].logits, targets, **hyper)
+                return kd_loss(student_logits, teacher.logits, targets, **self.hyper)
+
             case "bkd":
-                hyper = {key: value for key, value in hyper.items() if key != "bkd_start"}
-                return bkd_loss(z, teachers[0].logits, targets, self.bkd_counts, **hyper)
+                counts = self.bkd_counts  # equal until --bkd-start
+                return bkd_loss(student_logits, teacher.logits, targets, counts, **self.hyper)
+
             case "cbd":
-                features = [teacher.features for teacher in teachers]
-                return cbd_loss(z, student.features, features, targets, **hyper)
+                teacher_features = [output.features for output in teacher_outputs]
+                features = student_output.features
+                return cbd_loss(student_logits, features, teacher_features, targets, **self.hyper)
+
             case "dive":
-                return dive_loss(z, teachers[0].logits, targets, counts, **hyper)
+                return dive_loss(student_logits, teacher.logits, targets, counts, **self.hyper)
+
             case "krdistill":
-                g, t = self.adapter(student.features), teachers[0]
-                r = rectify_features(t.features, targets, self.class_means, self.prototypes)
-                return krdistill_loss(z, g, t.logits + self.log_pi, r, targets, counts, **hyper)
+                rectified_logits = rectify_logits(teacher.logits, targets, self.prior_counts)
+                rectified_features = rectify_features(
+                    teacher.features, targets, self.class_means, self.prototypes
+                )
+                return krdistill_loss(
+                    student_logits,
+                    self.adapter(student_output.features),
+                    rectified_logits,
+                    rectified_features,
+                    targets,
+                    counts,
+                    **self.hyper,
+                )
 
-    @torch.no_grad()
-    def capture(self):
-        """Record step as one CUDA graph for each batch size; returns the function that replays it.
+            case method:
+                raise ValueError(f"Trainer.loss has no case for method {method!r}")
 
-        A step that waits for the GPU, as one with .item(), print(tensor) or a branch on a tensor in
-        its loss, cannot be recorded: a line says where it waits, and step itself is returned.
+    def capture(self) -> Callable[[int], None]:
+        """Record step as a CUDA graph for each batch size; returns the function that replays it.
+
+        Warm up, record, restore, return. A step that waits for the GPU, as one with .item(),
+        print(tensor) or a branch on a tensor in its loss, cannot be recorded: a line says where it
+        waits, and step itself is returned. Raises CaptureError where torch cannot record it for
+        another reason.
         """
-        saved = [tensor.clone() for tensor in self.state]
+        saved = copy.deepcopy(self.state_dict())
         sizes = sorted(set(self.batches.sizes), reverse=True)  # the smaller reuses the memory
-        graphs = {size: torch.cuda.CUDAGraph() for size in sizes}
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream = torch.cuda.Stream()
+
+        waits_in = self._warm_up(sizes, stream)
+        graphs = {} if waits_in else self._record(sizes, stream)
+        self.load_state_dict(saved)
+
+        if waits_in:
+            print(f"slower    {waits_in}, waits for the GPU: no CUDA graph is used", flush=True)
+            return self.step
+        return lambda size: graphs[size].replay()
+
+    def _warm_up(self, sizes: list[int], stream) -> str:
+        """Three rounds of steps, so that lazy parts of torch are ready; returns where one waits.
+
+        Two rounds let cuDNN and cuBLAS choose and set up their kernels. In the third torch raises
+        an error where the CPU would wait for the GPU: that place is returned, "" if there is none.
+        """
         stream.wait_stream(torch.cuda.current_stream())
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        with torch.cuda.stream(stream), torch.enable_grad():
+        waits_in = ""
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             try:
-                for mode in ("default", "default", "error"):  # warm-up; the last forbids waiting
+                for mode in ("default", "default", "error"):
                     torch.cuda.set_sync_debug_mode(mode)
                     self.batches.position.zero_()
                     for size in sizes:
@@ -358,381 +784,1144 @@ class Trainer:
             except RuntimeError as error:
                 if "synchronizing" not in str(error):
                     raise
-                wait = error.__traceback__  # followed to the last line that is not torch's own
-                while wait.tb_next and torch.__path__[0] not in str(wait.tb_next.tb_frame.f_code):
-                    wait = wait.tb_next
-                place = f"{wait.tb_frame.f_code.co_filename}, line {wait.tb_lineno}"
-                print(f"slower   {place}, waits for the GPU: no CUDA graph is used", flush=True)
-                graphs, wait = {}, None  # the traceback would keep a step's tensors alive
+                waits_in = last_line_outside_torch(error)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(stream)
-        for size, graph in graphs.items():
-            with torch.cuda.graph(graph, pool, stream), torch.enable_grad():
-                self.step(size)
-        for tensor, value in zip(self.state, saved, strict=True):
-            tensor.copy_(value)
-        return (lambda size: graphs[size].replay()) if graphs else self.step
+        return waits_in
 
-def class_means(model, data, device, precision):
+    def _record(self, sizes: list[int], stream) -> dict:
+        """A CUDA graph of step for each batch size. They share one pool of memory."""
+        graphs = {size: torch.cuda.CUDAGraph() for size in sizes}
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            for size, graph in graphs.items():
+                with torch.cuda.graph(graph, pool, stream):
+                    self.step(size)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            while error.__context__ is not None:  # ending a failed recording fails once more
+                error = error.__context__
+            reason = str(error).split("\n")[0]
+            raise CaptureError(
+                f"the training step cannot be recorded as a CUDA graph ({reason}). "
+                "With --eager it runs without one, more slowly"
+            ) from error
+        return graphs
+
+
+def last_line_outside_torch(error: BaseException) -> str:
+    """The file and line where an error left the program for torch's own files."""
+    place = error.__traceback__
+    while place.tb_next and torch.__path__[0] not in str(place.tb_next.tb_frame.f_code):
+        place = place.tb_next
+    return f"{place.tb_frame.f_code.co_filename}, line {place.tb_lineno}"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error of torch, cuBLAS, cuDNN, NumPy or Python, or its context, is a shortage."""
+    signs = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
+    while error is not None:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+            return True
+        error = error.__context__
+    return False
+
+
+@dataclass
+class Progress:
+    """What has been done for a run, over all the times that it was stopped and continued."""
+
+    epochs: int  # finished ones
+    seconds: float
+    devices: list[str]  # each once, in the order of their use
+    versions: list[str]  # of this program, likewise
+
+
+def train(
+    trainer: Trainer,
+    data: Dataset,
+    folder: Path,
+    progress: Progress,
+    eval_every: int,
+    eager: bool = False,
+) -> dict:
+    """Train from the epoch after progress to the last one; returns the last test's scores.
+
+    Each epoch adds a row to folder/log.jsonl, then replaces folder/last.pt. Raises DivergedError.
+    """
+    config = trainer.config
+    step = trainer.step if eager or trainer.device.type != "cuda" else trainer.capture()
+    data = data._replace(test_images=data.test_images.to(trainer.device))
+    scores = None
+    started, seconds_before, first = time.perf_counter(), progress.seconds, progress.epochs
+
+    print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
+    for epoch in range(first, config.epochs):
+        row = train_epoch(trainer, step, epoch)
+        check_finite(trainer, row, folder)
+
+        is_last = epoch + 1 == config.epochs
+        if is_last or (epoch + 1) % eval_every == 0:
+            scores = evaluate(trainer.student, data, trainer.device, config.precision)
+            row |= {key: scores[key] for key in ("top1", *GROUPS)}
+
+        seconds = time.perf_counter() - started
+        left = seconds / (epoch + 1 - first) * (config.epochs - epoch - 1)
+        print_epoch(row, config.epochs, left)
+
+        progress.epochs = epoch + 1
+        progress.seconds = seconds_before + seconds
+        add_to_log(folder, row)
+        save(trainer, folder, progress)
+
+    if scores is None:  # it had been stopped after its last epoch
+        scores = evaluate(trainer.student, data, trainer.device, config.precision)
+    progress.seconds = seconds_before + time.perf_counter() - started
+    return scores
+
+
+def train_epoch(trainer: Trainer, step: Callable[[int], None], epoch: int) -> dict:
+    """Every step of one epoch; returns its row of the log."""
+    began = time.perf_counter()
+    sizes = trainer.batches.sizes
+    trainer.start_epoch(epoch)
+    for done, size in enumerate(sizes, start=1):
+        step(size)
+        print_progress(done, len(sizes), trainer.config.batch_size, began)
+
+    count = sum(sizes)
+    loss = trainer.loss_sum.item() / count  # .item() waits until the device is done
+    return {
+        "epoch": epoch + 1,
+        "lr": learning_rate(epoch, trainer.config.epochs, trainer.config.lr),
+        "loss": loss,
+        "train_top1": 100 * trainer.correct.item() / count,
+        "images_per_second": round(count / (time.perf_counter() - began)),
+    }
+
+
+def check_finite(trainer: Trainer, row: dict, folder: Path) -> None:
+    """Raise DivergedError where the epoch's loss, or a weight after it, is not finite."""
+    weights = [*trainer.student.parameters(), *trainer.adapter.parameters()]
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
+    if math.isfinite(row["loss"]) and finite:
+        return
+    raise DivergedError(
+        f"epoch {row['epoch']} ended with a loss of {row['loss']:g} and weights that are "
+        f"{'' if finite else 'not '}finite: try a smaller --lr. The epoch before is kept in "
+        f"{folder}, if there was one"
+    )
+
+
+def print_progress(done: int, total: int, batch_size: int, began: float) -> None:
+    """On a terminal, and in an epoch of more than a second, show the steps in place."""
+    seconds = time.perf_counter() - began
+    if seconds > 1 and sys.stdout is not None and sys.stdout.isatty():
+        speed = done * batch_size / seconds
+        print(f"\r\033[K      step {done} of {total}, {speed:.0f} images/s", end="", flush=True)
+
+
+def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
+    """The epoch's line under the heading of train; "-" where nothing was tested."""
+    erase = "\r\033[K" if sys.stdout is not None and sys.stdout.isatty() else ""
+    scores = [spread([row.get(key)]) for key in ("train_top1", "top1", *GROUPS)]
+    print(
+        f"{erase}{row['epoch']:>5}/{epochs:<3}{row['lr']:>8g}{row['loss']:>9.4f}"
+        + "".join(f"{score:>9}" for score in scores)
+        + f"{row['images_per_second']:>8}{duration(seconds_left):>8}",
+        flush=True,
+    )
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 12 s, 34 min, 5.6 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+# +----------------------------------------------------------------------------------------------+
+# | 4 Evaluation                                                                                 |
+# |                                                                                              |
+# | The test set is balanced, so top-1 counts all classes alike. The three groups are those of   |
+# | the literature, by training images.                                                          |
+# +----------------------------------------------------------------------------------------------+
+
+# By the training images of a class: at least, at most.
+GROUPS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}
+
+
+def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 where precision says so; without the weight cache, which a CUDA graph cannot hold."""
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
+
+
+@torch.no_grad()
+def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
+    """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
+    pixels_a_part = 2_048_000 if device.type == "cuda" else 256_000
+    model.eval()
+    outputs = []
+    for part in images.split(pixels_a_part // images.shape[-1] ** 2):
+        with mixed_precision(device, precision):
+            outputs.append(model(normalise(part.to(device))))
+    return Output(*map(torch.cat, zip(*outputs, strict=True)))
+
+
+def evaluate(model: ResNet, data: Dataset, device: torch.device, precision: str) -> dict:
+    """Test accuracies in %: top1, per_class, and the mean over the classes of many, medium, few.
+
+    None stands for a class without test images and for a group without classes.
+    """
+    targets = data.test_targets
+    predicted = predict(model, data.test_images, device, precision).logits.argmax(dim=1).cpu()
+
+    num_classes = len(data.class_counts)
+    hits = torch.bincount(targets[predicted == targets], minlength=num_classes).tolist()
+    totals = torch.bincount(targets, minlength=num_classes).tolist()
+    per_class = [100 * hit / n if n else None for hit, n in zip(hits, totals, strict=True)]
+
+    scores = {
+        "top1": 100 * sum(hits) / sum(totals),
+        "per_class": per_class,
+        "class_counts": data.class_counts,
+    }
+    for group, (low, high) in GROUPS.items():
+        scores[group] = mean(
+            accuracy
+            for accuracy, n in zip(per_class, data.class_counts, strict=True)
+            if low <= n <= high
+        )
+    return scores
+
+
+def mean(values) -> float | None:
+    """The mean of the values that are not None; None where all are."""
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
+def class_means(model: ResNet, data: Dataset, device: torch.device, precision: str) -> Tensor:
     """The mean features of each class over its training images, not augmented: (C, D) float32."""
     features = predict(model, data.train_images, device, precision).features.double()
     sums = features.new_zeros(len(data.class_counts), features.shape[1])
     sums.index_add_(0, data.train_targets.to(device), features)
     return (sums / sums.new_tensor(data.class_counts)[:, None]).float()
 
-def evaluate(model, data, device, precision):
-    """Test accuracies in %: top1, per_class, and the mean of many, medium, few; None: no class."""
-    targets, counts = data.test_targets, data.class_counts
-    labels = predict(model, data.test_images, device, precision).logits.argmax(dim=1).cpu()
-    hits = torch.bincount(targets[labels == targets], minlength=len(counts)).tolist()
-    totals = torch.bincount(targets, minlength=len(counts)).tolist()
-    per_class = [100 * hit / n if n else None for hit, n in zip(hits, totals, strict=True)]
-    scores = {"top1": 100 * sum(hits) / sum(totals), "per_class": per_class, "class_counts": counts}
-    return scores | {group: mean(per_class[c] for c, n in enumerate(counts) if low <= n <= high)
-                     for group, (low, high) in GROUPS.items()}
 
-def mean(values):
-    """The mean of the values that are not None; None where all are."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-def machine(device):
+def machine(device: torch.device) -> str:
     """The device and the torch version, as run folders and reports show them."""
     name = f"CPU with {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else name
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}"
 
-def train(config, data, teachers, folder, device, eval_every):
-    """Train to the last epoch, from folder/last.pt if it is there; returns the network's scores."""
-    trainer = Trainer(config, data, teachers, device)
-    done, earlier, devices = resume(trainer, folder)
-    step = trainer.capture() if device.type == "cuda" else trainer.step  # replayed from a graph
-    data = data._replace(test_images=data.test_images.to(device))
-    count, scores, started = len(data.train_targets), None, time.perf_counter()
-    print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
-    for epoch in range(done, config.epochs):
-        began = time.perf_counter()
-        trainer.start_epoch(epoch)
-        for size in trainer.batches.sizes:
-            step(size)
-        row = {"epoch": epoch + 1, "lr": learning_rate(epoch, config.epochs, config.lr)}
-        row["loss"] = trainer.loss_sum.item() / count  # waits until the device is done
-        row["train_top1"] = 100 * trainer.correct.item() / count
-        row["images_per_second"] = round(count / (time.perf_counter() - began))
-        if not trainer.loss_sum.isfinite():
-            sys.exit(f"kd_lt.py: the loss is {row['loss']} in epoch {epoch + 1}: try a smaller --lr"
-                     f"; {folder} keeps the checkpoint of the epoch before, if any")
-        if epoch + 1 == config.epochs or (epoch + 1) % eval_every == 0:
-            scores = evaluate(trainer.student, data, device, config.precision)
-            row |= {key: scores[key] for key in ("top1", *GROUPS)}
-        seconds = time.perf_counter() - started
-        minutes_left = seconds / 60 / (epoch + 1 - done) * (config.epochs - epoch - 1)
-        shown = "".join(f"{spread([row.get(key)]):>9}" for key in ("train_top1", "top1", *GROUPS))
-        print(f"{epoch + 1:>5}/{config.epochs:<3}{row['lr']:>8g}{row['loss']:>9.4f}{shown}"
-              f"{row['images_per_second']:>8}{minutes_left:>4.0f} min", flush=True)
-        log = (folder / "log.jsonl").read_bytes() + (json.dumps(row) + "\n").encode()
-        write_whole(folder / "log.jsonl", log)
-        save(trainer, folder, epoch + 1, earlier + seconds, devices)
-    scores = scores or evaluate(trainer.student, data, device, config.precision)
-    return scores | {"seconds": earlier + time.perf_counter() - started, "devices": devices}
 
-def run(config, data, args, device, role="student"):
-    """The folder of a finished run; without a result yet, its teachers and it are trained."""
-    folder = Path(args.runs_dir) / run_name(config)
-    what = f"{role:<8} {config.network}, {config.method}, seed {config.seed}"
-    with lock(folder, wait=role == "teacher"):
-        if (folder / "result.json").exists():
-            print(f"{what}: finished before, not trained again; {folder}", flush=True)
-            return folder
-        if not (folder / "config.json").exists():
-            about = {"settings": asdict(config), "version": VERSION, "device": machine(device)}
-            write_json(folder / "config.json", about | {"command": " ".join(sys.argv)})
-        paths = args.teacher_checkpoint or [
-            run(replace(config, hyper={}, teachers=[], **teacher), data, args, device, "teacher")
-            for teacher in config.teachers]
-        teachers = [load_run(path, device) for path in paths]
-        results = [known | evaluate(teacher, data, device, config.precision)
-                   for known, teacher in zip(config.teachers, teachers, strict=True)]
-        print(f"{what}, {config.epochs} epochs, in {folder}", flush=True)
-        result = {"settings": asdict(config), "version": VERSION, "teachers": results}
-        result |= train(config, data, teachers, folder, device, args.eval_every)
-        write_json(folder / "result.json", result)
-        return folder
+# +----------------------------------------------------------------------------------------------+
+# | 5 Run folders                                                                                |
+# |                                                                                              |
+# | A run is a folder: config.json (settings, command), log.jsonl (the command, then a line an   |
+# | epoch), last.pt (weights, and all that resuming needs), result.json (once it is finished).   |
+# | Its name ends in a digest of its Config, so that two different runs never share a folder.    |
+# +----------------------------------------------------------------------------------------------+
 
-# ---- 4 run folders: config.json, log.jsonl, last.pt, result.json
-def label(config):
-    """The method, its networks and what deviates from the defaults."""
-    method, values = METHODS[config.method], asdict(config) | config.hyper
-    flags = ("batch_size", "lr", "weight_decay", "imb_type", "subset_seed")
-    usual = {flag: FLAGS[flag][0] for flag in flags} | {"colour": False, "head": method.head}
-    usual |= method.hyper | {"bkd_start": BKD_START.get(config.dataset, 0.0)}
-    parts = [config.method, config.network]
-    kinds = dict.fromkeys(f"{t['network']}-{t['method']}" for t in config.teachers)  # each once
-    parts += ["from", "+".join(kinds)] if kinds else []
-    parts += [f"x{len(config.teachers)}"] if len(config.teachers) > 1 else []
+
+class FolderBusyError(Exception):
+    """Another process writes the run's folder."""
+
+
+def differs_from_default(config: Config) -> dict:
+    """What a reader has to be told of a run's settings: those that are not the default ones."""
+    method = METHODS[config.method]
+    defaults = {
+        "batch_size": Config.batch_size,
+        "lr": Config.lr,
+        "weight_decay": Config.weight_decay,
+        "imb_type": Config.imb_type,
+        "subset_seed": Config.subset_seed,
+        "colour": Config.colour,
+        "head": method.head,
+        **default_hyper(config.method, config.dataset),
+    }
+    values = asdict(config) | config.hyper
+    return {
+        key: values[key]
+        for key, default in defaults.items()
+        if key in values and values[key] != default
+    }
+
+
+def run_name(config: Config) -> str:
+    """The name of the run's folder: readable, and ending in a digest of the whole Config."""
+    parts = [Path(config.dataset).stem[:40], f"imb{config.imb:g}", config.method, config.network]
+
+    if config.teachers:
+        kinds = dict.fromkeys(f"{t['network']}-{t['method']}" for t in config.teachers)
+        parts += ["from", "+".join(kinds)]
+    if len(config.teachers) > 1:
+        parts.append(f"x{len(config.teachers)}")
     parts += [f"given-{t['checkpoint']}" for t in config.teachers if "checkpoint" in t]
-    parts += [f"{k}{values[k]}" for k in usual if k in values and values[k] != usual[k]]
-    return "-".join(parts)
+    parts += [f"{key}{value}" for key, value in differs_from_default(config).items()]
 
-def run_name(config):
-    """Readable, and ending in a digest of the whole Config: two runs never share a folder."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{Path(config.dataset).stem[:40]}-imb{config.imb:g}-{label(config)}-e{config.epochs}"
-    name += f"-s{config.seed}-{digest}"
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    settings = json.dumps(asdict(config), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    parts += [f"e{config.epochs}", f"s{config.seed}", digest]
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(parts))
 
-def save(trainer, folder, epoch, seconds, devices):
-    """Write folder/last.pt: all that the next epoch depends on, as plain tensors and numbers."""
-    content = {"settings": asdict(trainer.config), "network": trainer.network, "epoch": epoch}
-    content |= {"student": trainer.student.state_dict(), "adapter": trainer.adapter.state_dict()}
-    content |= {"momentum": trainer.momentum, "generator": trainer.generator.get_state()}
-    buffer = io.BytesIO()  # so that it is write_whole that meets a full disk
-    torch.save(content | {"seconds": seconds, "devices": devices}, buffer)
-    write_whole(folder / "last.pt", buffer.getvalue())
 
-def read(path, needed="settings"):
-    """The content of a result.json or last.pt and "config", its Config. Runs no code from it."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+def lock(folder: Path, wait: bool):
+    """Make the folder and lock it until the returned file is closed or the process ends.
+
+    Where another process holds it: wait for that one, or raise FolderBusyError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")  # noqa: SIM115  closed by the `with` of the caller
+    try:
+        import fcntl
+    except ImportError:  # Windows: a run works, unlocked
+        return file
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = f"{folder} is being written by another process"
+        if not wait:
+            file.close()
+            raise FolderBusyError(busy) from None
+        print(f"kd_lt.py: {busy}, waiting", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+CHECKPOINT = ("network", "student", "epoch")  # what a last.pt holds besides settings
+RESUMABLE = (*CHECKPOINT, "adapter", "momentum", "generator", "seconds", "devices")
+RESULT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
+
+
+def read(path: str | Path, needed: tuple[str, ...]) -> dict:
+    """The content of a run's last.pt or result.json, with its Config as "config".
+
+    Everything that reads them goes through here. No code from the file is run. Raises InputError
+    for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= "last.pt"
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content |= {"config": Config(**content["settings"]), "file": path}
-        content[needed], METHODS[content["config"].method]  # KeyError: not such a file
-        return content
-    except Exception as error:  # a missing or damaged file makes torch.load raise a dozen types
-        raise InputError(f"{path}: missing, damaged or not of this version of kd_lt.py; name "
-                         f"another or move its whole run folder away ({error!r:.150})") from None
+        config = Config(**content["settings"])
+        METHODS[config.method], NETWORKS[config.network]  # a KeyError where one is unknown here
+        for key in needed:
+            content[key]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except Exception:  # of a damaged or foreign file torch.load and json raise a dozen types
+        raise unreadable(path) from None
+    return content | {"config": config, "file": path}
+
+
+def unreadable(path: Path) -> InputError:
+    """What to do about a file that is not what it should be."""
+    if (path.parent / "config.json").exists():
+        return InputError(
+            f"{path}: damaged, or of another version of kd_lt.py. To train this run anew, move its "
+            "whole run folder away"
+        )
+    return InputError(f"{path}: no run of kd_lt.py; expected is a run folder, or the last.pt in it")
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ..."""
+    heading, rows = [], []
+    try:
+        lines = (folder / "log.jsonl").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return heading, rows
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if not heading and "command" in row:
+                heading.append(row)
+            elif row["epoch"] == len(rows) + 1:
+                rows.append(row)
+            else:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+    return heading, rows
+
+
+def add_to_log(folder: Path, row: dict) -> None:
+    """Append a row to log.jsonl; resume cuts a last line that found half its place."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_weights(network: nn.Module, saved: dict) -> None:
+    """load_state_dict, for files without BatchNorm's batch counters, too (those of version 2)."""
+    counters = {
+        key: value
+        for key, value in network.state_dict().items()
+        if key.endswith("num_batches_tracked")
+    }
+    network.load_state_dict(counters | saved)
+
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
-    """The network of a run folder or its last.pt, finished or not, in eval mode, or InputError.
+    """The network of a run folder or its last.pt, finished or not, in eval mode.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
+    Raises InputError.
     """
-    content = read(path, "student")
-    with torch.random.fork_rng(devices=[]):
-        model = ResNet(**content["network"])
-    model.load_state_dict(content["student"])
+    content = read(path, CHECKPOINT)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = ResNet(**content["network"])
+        load_weights(model, content["student"])
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
+        raise unreadable(content["file"]) from None
     return model.eval().to(device, memory_format=torch.channels_last)
 
-def resume(trainer, folder):
-    """Load folder/last.pt if it is there; returns epochs done, seconds spent and devices used."""
-    log, here = folder / "log.jsonl", machine(trainer.device)
-    if not (folder / "last.pt").exists():
-        write_whole(log, (json.dumps({"command": " ".join(sys.argv)}) + "\n").encode())
-        return 0, 0.0, [here]
-    content = read(folder / "last.pt")
-    trainer.student.load_state_dict(content["student"])
-    trainer.adapter.load_state_dict(content["adapter"])
-    for buffer, saved in zip(trainer.momentum, content["momentum"], strict=True):
-        buffer.copy_(saved)
-    trainer.generator.set_state(content["generator"])
-    done = content["epoch"]  # the log may be an epoch ahead: that line is cut, the epoch run again
-    write_whole(log, b"".join(log.read_bytes().splitlines(keepends=True)[: 1 + done]))
-    print(f"resumed  after epoch {done} of {trainer.config.epochs}, from {folder / 'last.pt'}")
-    return done, content["seconds"], list(dict.fromkeys([*content["devices"], here]))
 
-def given_teacher(path, config):
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of a network's weights and running statistics, without the batch counters."""
+    sha256 = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            sha256.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:16]
+
+
+def save(trainer: Trainer, folder: Path, progress: Progress) -> None:
+    """Write folder/last.pt: all that the next epoch depends on, as plain tensors and numbers."""
+    content = {
+        "settings": asdict(trainer.config),
+        "network": trainer.network,
+        "teachers": trainer.teacher_digests,
+        "epoch": progress.epochs,
+        "seconds": progress.seconds,
+        "devices": progress.devices,
+        "versions": progress.versions,
+        **trainer.state_dict(),
+    }
+    buffer = io.BytesIO()  # so that it is write_whole that meets a full disk
+    torch.save(content, buffer)
+    write_whole(folder / "last.pt", buffer.getvalue())
+
+
+def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
+    """Load folder/last.pt if it is there, bring log.jsonl to the same epoch; returns the progress.
+
+    Raises InputError where last.pt is damaged, or was trained by other teachers than now.
+    """
+    here = machine(trainer.device)
+    for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
+        stale.unlink()
+
+    progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
+    heading, rows = [{"command": command}], []
+    if (folder / "last.pt").exists():
+        content = read(folder / "last.pt", RESUMABLE)
+        if content.get("teachers", trainer.teacher_digests) != trainer.teacher_digests:
+            raise InputError(
+                f"{folder}: its first {content['epoch']} epochs had another teacher, whose weights "
+                "have changed since. Put the former teacher back, or move this run's whole folder "
+                "away to train it anew"
+            )
+        try:
+            trainer.load_state_dict(content)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
+            raise unreadable(folder / "last.pt") from None
+
+        begun_by = json.loads((folder / "config.json").read_text()).get("version", "1.0.0")
+        progress.epochs = content["epoch"]
+        progress.seconds = content["seconds"]
+        progress.devices = list(content["devices"])
+        progress.versions = list(content.get("versions", [begun_by]))
+
+        old_heading, rows = read_log(folder)
+        heading = old_heading or heading
+        if len(rows) < progress.epochs:
+            print(
+                f"kd_lt.py: {folder / 'log.jsonl'} is damaged: rows after epoch {len(rows)} are "
+                "lost; training continues",
+                file=sys.stderr,
+            )
+            rows += [{"epoch": epoch + 1} for epoch in range(len(rows), progress.epochs)]
+        print(f"resumed   after epoch {progress.epochs} of {trainer.config.epochs}")
+
+    progress.devices = list(dict.fromkeys([*progress.devices, here]))
+    progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
+    # The log may be an epoch ahead of last.pt. That row is cut, because the epoch is run again.
+    lines = [json.dumps(row) + "\n" for row in [*heading, *rows[: progress.epochs]]]
+    write_whole(folder / "log.jsonl", "".join(lines).encode())
+    return progress
+
+
+def given_teacher(path: str, config: Config) -> dict:
     """What a --teacher-checkpoint is, after a check that it fits the student's data and head."""
-    content = read(path, "student")
-    teacher, problem = content["config"], ""
-    for key in ("head", "data", "subset_seed", "imb_type", "imb", "dataset"):
-        if getattr(teacher, key) != getattr(config, key):
-            problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
-    if content["epoch"] != teacher.epochs:
+    if Path(path).suffix == ".json":
+        raise InputError(
+            f"--teacher-checkpoint {path}: expected is a run folder, or the last.pt in it"
+        )
+    content = read(path, CHECKPOINT)
+    teacher = content["config"]
+
+    problem = ""
+    if teacher.data != config.data:
+        problem = f"its data is {teacher.data}, not {config.data}"
+        for key in ("subset_seed", "imb_type", "imb", "dataset"):
+            if getattr(teacher, key) != getattr(config, key):
+                problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
+    elif teacher.head != config.head:
+        problem = f"its head is {teacher.head}, not {config.head}"
+    elif content["epoch"] != teacher.epochs:
         problem = f"it stopped after epoch {content['epoch']} of {teacher.epochs}"
-    if (teacher.network, teacher.seed) == (config.network, config.seed):
+    elif (teacher.network, teacher.seed) == (config.network, config.seed):
         problem = "a student of its seed would start as it started: choose another --seed"
     if problem:
         raise InputError(f"--teacher-checkpoint {path}: {problem}")
-    identity = {key: getattr(teacher, key) for key in ("network", "method", "head", "colour")}
-    return identity | {"checkpoint": hashlib.sha256(content["file"].read_bytes()).hexdigest()[:16]}
 
-# ---- 5 reports
-def spread(values):
+    return {
+        "network": teacher.network,
+        "method": teacher.method,
+        "head": teacher.head,
+        "colour": teacher.colour,
+        "checkpoint": hashlib.sha256(content["file"].read_bytes()).hexdigest()[:16],
+    }
+
+
+def run(
+    config: Config, data: Dataset, args: argparse.Namespace, device: torch.device, role="student"
+) -> Path:
+    """The folder of a finished run. Without a result yet, its teachers and it are trained.
+
+    Of args it needs runs_dir, teacher_checkpoint, eval_every, eager and command. Raises InputError,
+    DivergedError, CaptureError and, for a student, FolderBusyError; a teacher is waited for.
+    """
+    folder = Path(args.runs_dir) / run_name(config)
+    result_file = folder / "result.json"
+    title = f"{role:<9} {config.network}, {config.method}, seed {config.seed}"
+    finished = f"{title}: finished before, not trained again; {folder}"
+    if result_file.exists():  # so that reading it needs no right to write
+        print(finished, flush=True)
+        return folder
+
+    with lock(folder, wait=role == "teacher"):
+        if result_file.exists():  # finished by the process that was waited for
+            print(finished, flush=True)
+            return folder
+        if not (folder / "config.json").exists():
+            about = {
+                "settings": asdict(config),
+                "version": VERSION,
+                "device": machine(device),
+                "command": args.command,
+            }
+            write_json(folder / "config.json", about)
+
+        # Teachers are runs, too. A teacher has the student's recipe.
+        paths = args.teacher_checkpoint
+        if not paths:
+            paths = []
+            for teacher in config.teachers:
+                hyper = default_hyper(teacher["method"], config.dataset)
+                teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
+                paths.append(run(teacher_config, data, args, device, role="teacher"))
+        teachers = [load_run(path, device) for path in paths]
+        tested_teachers = [
+            about | evaluate(teacher, data, device, config.precision)
+            for about, teacher in zip(config.teachers, teachers, strict=True)
+        ]
+
+        print(f"{title}, {config.epochs} epochs, in {folder}", flush=True)
+        trainer = Trainer(config, data, teachers, device)
+        progress = resume(trainer, folder, args.command)
+        scores = train(trainer, data, folder, progress, args.eval_every, args.eager)
+
+        result = {
+            "settings": asdict(config),
+            "version": ", then ".join(progress.versions),
+            "teachers": tested_teachers,
+            **scores,
+            "seconds": progress.seconds,
+            "devices": progress.devices,
+        }
+        write_json(result_file, result)
+        return folder
+
+
+# +----------------------------------------------------------------------------------------------+
+# | 6 Reports                                                                                    |
+# |                                                                                              |
+# | Both are made from result.json and log.jsonl alone. Runs that differ in their seeds, and in  |
+# | nothing else, are one row or one line.                                                       |
+# +----------------------------------------------------------------------------------------------+
+
+
+def spread(values: list) -> str:
     """Mean ± sample standard deviation of the values that are not None; "-" where all are."""
-    known = [value for value in values if value is not None]
-    deviation = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.2f}{deviation}" if known else "-"
+    present = [value for value in values if value is not None]
+    if not present:
+        return "-"
+    deviation = f" ± {statistics.stdev(present):.2f}" if len(present) > 1 else ""
+    return f"{statistics.fmean(present):.2f}{deviation}"
 
-def head_to_tail(results, parts):
-    """The classes in parts, most training images first: images and mean accuracy of each part."""
-    counts = results[0]["class_counts"]
-    ranked = torch.tensor(counts).argsort(descending=True, stable=True)
-    split = ranked.tensor_split(min(parts, len(counts)))
-    means = [mean(r["per_class"][c] for r in results for c in part) for part in split]
-    return [sum(counts[c] for c in part) for part in split], means
 
-def print_rows(rows):
-    """Markdown of the results of each name: a table of means, then bars from head to tail."""
-    print("| method | teacher (its top-1) | n | top-1 | many | medium | few |\n" + "|---" * 7 + "|")
-    for name, results in rows.items():
-        teachers = [teacher for result in results for teacher in result.get("teachers", [])]
-        methods = "+".join(dict.fromkeys(teacher["method"] for teacher in teachers))
-        teacher = f"{methods} ({spread([t['top1'] for t in teachers])})" if teachers else "-"
-        cells = [spread([result[key] for result in results]) for key in ("top1", *GROUPS)]
-        print(f"| {' | '.join([name, teacher, str(len(results)), *cells])} |")
-    images, width = head_to_tail(next(iter(rows.values())), 10)[0], max(16, *map(len, rows)) + 1
-    print(f"\nFrom head to tail, the classes in {len(images)} parts:\n\n```")
-    print(f"{'training images':<{width + len(images)}}" + "".join(f"{n:6}" for n in images))
-    for name, results in rows.items():
-        means = head_to_tail(results, 10)[1]
-        bars = "".join(" " if m is None else "▁▂▃▄▅▆▇█"[min(7, int(m / 12.5))] for m in means)
-        numbers = "".join(f"{'-' if m is None else round(m):>6}" for m in means)
-        print(f"{name:<{width}}{bars}{numbers}")
-    print("```\n", flush=True)
+def teacher_names(teachers: list[dict], network: str) -> str:
+    """How the teachers were trained; their network is named where it is not the student's."""
+    names = (
+        t["method"] if t["network"] == network else f"{t['network']} {t['method']}"
+        for t in teachers
+    )
+    return " + ".join(dict.fromkeys(names))
 
-def finished_runs(folders):
-    """{setting: {row: results}} of the runs below the folders; results of a row differ in seeds."""
-    settings, order = {}, list(METHODS)
+
+def row_name(config: Config) -> str:
+    """The method, and in words what differs from its defaults."""
+    words = [config.method]
+    if config.method == "krdistill":
+        words = ["krdistill (reconstruction)"]
+    if len(config.teachers) > 1:
+        words.append(f"{len(config.teachers)} teachers")
+    names = teacher_names(config.teachers, config.network)
+    if names != METHODS[config.method].teacher:
+        words.append(f"from {names}")
+    words += [f"given teacher {t['checkpoint'][:8]}" for t in config.teachers if "checkpoint" in t]
+
+    for key, value in differs_from_default(config).items():
+        if key == "head":
+            words.append(f"{value} head")
+        elif key == "colour":
+            words.append("distorted colours")
+        elif key not in ("imb_type", "subset_seed"):  # those are in the heading
+            words.append(f"{key.replace('_', ' ')} {value:g}")
+    return ", ".join(words)
+
+
+def setting_name(config: Config) -> str:
+    """What all rows of a table share, as its heading."""
+    words = [config.dataset, f"imb {config.imb:g}", config.network, f"{config.epochs} epochs"]
+    if config.imb_type != Config.imb_type:
+        words.append(config.imb_type)
+    if config.subset_seed != Config.subset_seed:
+        words.append(f"subset seed {config.subset_seed}")
+    return ", ".join([*words, config.precision])
+
+
+def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """{(heading, digest of the images): {row name: results}} of the runs in the folders.
+
+    A folder is a run's own, or one that holds runs. A damaged run is named on stderr and left out.
+    Raises InputError where a folder holds no finished run.
+    """
+    runs = {}
     for folder in map(Path, folders):
         paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
             raise InputError(f"{folder}: no finished run there (no result.json)")
         for path in paths:
-            result = read(path)
-            c = result["config"]
-            setting = (f"{c.dataset} ({c.data}), imb {c.imb:g}, {c.network}, {c.epochs} epochs, "
-                       f"{c.precision}")
-            place = order.index(c.method), label(c).replace(f"-{c.network}", "", 1)
-            lines = map(json.loads, path.with_name("log.jsonl").read_text().splitlines()[1:])
-            result["tests"] = {line["epoch"]: line["top1"] for line in lines if "top1" in line}
-            settings.setdefault(setting, {}).setdefault(place, {})[run_name(c)] = result  # once
-    return {setting: {place[1]: list(rows[place].values()) for place in sorted(rows)}
-            for setting, rows in sorted(settings.items())}
+            try:
+                result = read(path, RESULT)
+            except InputError as error:
+                print(f"kd_lt.py: left out: {error}", file=sys.stderr)
+                continue
+            runs[run_name(result["config"])] = result  # a run in two folders counts once
+    if not runs:
+        raise InputError(f"{', '.join(map(str, folders))}: no finished run there that can be read")
 
-def table(folders):
-    """Print Markdown: for each setting a heading, a row a method, and bars from head to tail."""
-    for setting, rows in finished_runs(folders).items():
-        made = {f"kd-lt {result['version']} on {device}" for results in rows.values()
-                for result in results for device in result["devices"]}
-        print(f"**{setting}**; {'; '.join(sorted(made))}. Test accuracy in % after the last epoch, "
-              "mean ± sample standard deviation over n seeds. krdistill is our reconstruction.\n")
+    order = list(METHODS)
+    settings = {}
+    for result in sorted(runs.values(), key=lambda r: order.index(r["config"].method)):
+        config = result["config"]
+        rows = settings.setdefault((setting_name(config), config.data), {})
+        rows.setdefault(row_name(config), []).append(result)
+    return dict(sorted(settings.items()))
+
+
+def best_tested(result: dict) -> float:
+    """The top-1 of the best tested epoch, for comparison with papers that report it."""
+    folder = result["file"].parent
+    rows = read_log(folder)[1]
+    if len(rows) < result["config"].epochs:
+        print(f"kd_lt.py: {folder / 'log.jsonl'} is damaged: its end is left out", file=sys.stderr)
+    return max([result["top1"], *(row["top1"] for row in rows if "top1" in row)])
+
+
+def classes_in_parts(class_counts: list[int], parts: int) -> list[list[int]]:
+    """The classes, most training images first, in that many parts of about equal size."""
+    ranked = torch.tensor(class_counts).argsort(descending=True, stable=True)
+    return [part.tolist() for part in ranked.tensor_split(min(parts, len(class_counts)))]
+
+
+def print_rows(rows: dict[str, list[dict]]) -> None:
+    """Markdown of the results of each name: a table of means, then accuracies from head to tail."""
+    print("| method | teacher, its top-1 | n | top-1 | many | medium | few |")
+    print("|---|---|---|---|---|---|---|")
+    for name, results in rows.items():
+        cells = [spread([result[key] for result in results]) for key in ("top1", *GROUPS)]
+        print(f"| {' | '.join([name, teacher_cell(results), str(len(results)), *cells])} |")
+
+    class_counts = next(iter(rows.values()))[0]["class_counts"]
+    parts = classes_in_parts(class_counts, 10)
+    width = max(len("training images"), *map(len, rows))
+    images = "".join(f"{sum(class_counts[c] for c in part):6}" for part in parts)
+    print(f"\nFrom head to tail, the classes in {len(parts)} parts:\n\n```")
+    print(f"{'training images':<{width}}{images}")
+    for name, results in rows.items():
+        accuracies = [mean(r["per_class"][c] for r in results for c in part) for part in parts]
+        numbers = "".join(f"{'-' if a is None else round(a):>6}" for a in accuracies)
+        print(f"{name:<{width}}{numbers}")
+    print("```\n", flush=True)
+
+
+def teacher_cell(results: list[dict]) -> str:
+    """The teachers' methods and their top-1; the deviation is that between seeds alone."""
+    if not any(result.get("teachers") for result in results):
+        return "-"
+    tops = [mean(teacher["top1"] for teacher in result["teachers"]) for result in results]
+    network = results[0]["config"].network
+    names = [teacher_names(result["teachers"], network) for result in results]
+    return f"{' / '.join(dict.fromkeys(names))}, {spread(tops)}"
+
+
+def table(folders: list[str]) -> None:
+    """Print Markdown: for each setting a heading, a row a method, and lines from head to tail."""
+    for (heading, digest), rows in finished_runs(folders).items():
+        makers = {
+            f"kd-lt {result['version']} on {device}"
+            for results in rows.values()
+            for result in results
+            for device in result["devices"]
+        }
+        print(f"**{heading}**\n")
         print_rows(rows)
-        best = {row: [max(r["tests"].values()) for r in results] for row, results in rows.items()}
-        print("Best tested epoch instead of the last (chosen on the test set, only to compare with "
-              f"such numbers): {', '.join(f'{row} {spread(best[row])}' for row in best)}.\n")
+        print(
+            "Test accuracy in % after the last epoch, mean ± sample standard deviation over n "
+            f"seeds. Images {digest}. Made by {'; '.join(sorted(makers))}.\n"
+        )
+        best = [
+            f"{name} {spread([best_tested(result) for result in results])}"
+            for name, results in rows.items()
+        ]
+        print(
+            "Best tested epoch instead of the last (chosen on the test set, only to compare with "
+            f"such numbers): {'; '.join(best)}.\n"
+        )
 
-def plot(file, folders):
-    """Draw accuracy from head to tail, a line a method, as .png or .svg."""
-    if Path(file).suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {file}: the name must end in .png or .svg")
+
+LINE_STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+
+
+def plot(file: str, folders: list[str]) -> None:
+    """Draw accuracy from head to tail, a line for each row of the table."""
+    if Path(file).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {file}: the name must end in .png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+
     settings = finished_runs(folders)
-    figure = Figure(figsize=(9, 5.5 * len(settings)), layout="constrained")
-    axes = figure.subplots(len(settings), squeeze=False)
-    for (axis,), (setting, rows) in zip(axes, settings.items(), strict=True):
-        for i, (row, results) in enumerate(rows.items()):
-            means = head_to_tail(results, 20)[1]
-            axis.plot(means, marker="osv^Dx*P"[i % 8], label=f"{row}, n = {len(results)}")
-        axis.set(title=setting, xlabel="parts of the classes, most training images first",
-                 ylabel="test accuracy in %, mean over seeds", ylim=(0, None))
-        axis.legend(fontsize=8, title="krdistill is our reconstruction")
-    figure.savefig(file, dpi=150)
-    print(f"plot     {file}")
+    figure = Figure(figsize=(9, 5 * len(settings)), layout="constrained")
+    all_axes = figure.subplots(len(settings), squeeze=False)[:, 0]
+    for axes, ((heading, _), rows) in zip(all_axes, settings.items(), strict=True):
+        draw_head_to_tail(axes, heading, rows)
+    # Without a date two pictures of the same runs are the same file.
+    metadata = {"Date": None} if file.endswith(".svg") else None
+    figure.savefig(file, dpi=150, metadata=metadata)
+    print(f"plot      {file}")
 
-# ---- 6 flags
-COUNT, WEIGHT, SEED = (1, 1e9), (0, 1e9), (0, 2**32 - 1)
-FLAGS = {  # name: default, type, (lowest, highest) or choices or None, help
-    "method": ("bkd", str, METHODS, "see below"),
-    "dataset": ("cifar100", str, None, "cifar10, cifar100, synthetic or FILE.npz (see README)"),
-    "imb": (100.0, float, (1, 1e9), "thins to largest / smallest class = X; 1 keeps a .npz whole"),
-    "imb_type": ("exp", str, ("exp", "step"), "how the classes shrink"),
-    "subset_seed": (0, int, SEED, "which images are kept; 0: the published ones"),
-    "student": ("resnet32", str, NETWORKS, "the network that is distilled, or trained alone"),
-    "teacher": (None, str, NETWORKS, "the network that teaches; default resnet32"),
-    "teacher_method": (None, str, ("ce", "bsce"), "how it is trained; default ce, for dive bsce"),
-    "num_teachers": (None, int, COUNT, "of cbd; default 1; the second half see distorted colours"),
-    "seed": (0, int, SEED, "of weights, batches, augmentation; teachers: seed + 1000, 2000, ..."),
-    "epochs": (200, int, COUNT, "of teacher and student, as are batch size, lr and decay"),
-    "batch_size": (128, int, COUNT, "images in a step"),
-    "lr": (0.1, float, (1e-6, 1e9), "the highest learning rate"),
-    "weight_decay": (2e-4, float, WEIGHT, "on all parameters"),
-    "temperature": (None, float, (1e-3, 1e9), "softens the probabilities of KL_T"),
-    "alpha": (None, float, WEIGHT, "weight of distillation; krdistill: of L_LRD"),
-    "beta": (None, float, WEIGHT, "bkd: base of the effective numbers; cbd: weight of features"),
-    "gamma": (None, float, WEIGHT, "krdistill (our reconstruction): weight of L_RRD"),
-    "power": (None, float, WEIGHT, "dive: flattens the teacher's probabilities"),
-    "bkd_start": (None, float, (0, 1), "bkd: share of epochs before it acts; on cifar10 0.8"),
-    "device": ("auto", str, ("auto", "cpu", "cuda"), "an NVIDIA GPU, if there is one"),
-    "precision": ("auto", str, ("auto", "fp32", "bf16"), "bf16, where the hardware has it"),
-    "eval_every": (None, int, COUNT, "epochs between tests; default 1, on a CPU 5"),
-    "data_dir": ("data", str, None, "where CIFAR is, or is downloaded to"),
-    "runs_dir": ("runs", str, None, "where runs are kept"),
-}
-HIGHEST = {("bkd", "beta"): 0.9999999, ("cbd", "alpha"): 1, ("dive", "alpha"): 1}
 
-def parse_flags(argv):
-    lines = ["methods (krdistill is our reconstruction), and the defaults of their own flags:"]
+def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
+    """One setting: the rows' accuracies over the classes, and behind them the training images."""
+    class_counts = next(iter(rows.values()))[0]["class_counts"]
+    num_classes = len(class_counts)
+    size = 5 if num_classes >= 50 else 1
+    parts = classes_in_parts(class_counts, math.ceil(num_classes / size))
+    middles = [sum(map(len, parts[:i])) + len(part) / 2 for i, part in enumerate(parts)]
+
+    # The training images, on a logarithmic axis of their own, behind the lines.
+    images = axes.twinx()
+    edges = range(num_classes + 1)
+    images.stairs(sorted(class_counts, reverse=True), edges, fill=True, color="0.9")
+    images.set(yscale="log", ylim=(0.8, None), ylabel="training images of a class (grey)")
+    axes.set_zorder(images.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+    # The groups, named above the lines.
+    left = 0
+    for group, (low, high) in GROUPS.items():
+        right = left + sum(low <= n <= high for n in class_counts)
+        if right > left:
+            middle = (left + right) / 2
+            place = axes.get_xaxis_transform()
+            axes.text(middle, 0.97, group, transform=place, ha="center", va="top", color="0.35")
+            axes.axvline(right, color="0.6", linewidth=0.8)
+        left = right
+
+    # A line for each row, with its own colour and style; a band of one standard deviation.
+    for i, (name, results) in enumerate(rows.items()):
+        seeds = [
+            [mean(result["per_class"][c] for c in part) for part in parts] for result in results
+        ]
+        seeds = torch.tensor([[math.nan if a is None else a for a in seed] for seed in seeds])
+        average = seeds.mean(0)
+        axes.plot(
+            middles,
+            average,
+            color=f"C{i % 10}",
+            linestyle=LINE_STYLES[i % 7],
+            label=f"{name}, n = {len(results)}",
+        )
+        if len(results) > 1:
+            band = seeds.std(0)
+            axes.fill_between(
+                middles, average - band, average + band, color=f"C{i % 10}", alpha=0.2, linewidth=0
+            )
+
+    axes.set(
+        title=heading,
+        xlim=(0, num_classes),
+        ylim=(0, None),
+        xlabel=f"classes, most training images first, in parts of {size}",
+        ylabel="test accuracy in %, mean over seeds",
+    )
+    axes.legend(loc="lower left", fontsize=8)
+
+
+# +----------------------------------------------------------------------------------------------+
+# | 7 Command line                                                                               |
+# |                                                                                              |
+# | A flag either acts or is an error that says why. Errors of the user's end in main as one     |
+# | line on stderr and a status: 2 wrong input, 1 a failed run, 75 a busy folder, 130 Ctrl-C.    |
+# +----------------------------------------------------------------------------------------------+
+
+EXAMPLES = """examples:
+  python kd_lt.py --method bkd --imb 100
+  python kd_lt.py --method cbd --num-teachers 4 --seed 1
+  python kd_lt.py --table runs --plot head_to_tail.svg runs/*-bkd-* runs/*-kd-*"""
+
+
+def number(kind: type, low: float, high: float = 1e9):
+    """A type for argparse: an int or a float from low to high."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:  # true for nan, too
+            raise argparse.ArgumentTypeError(f"must lie in {low} .. {high}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where kind(text) fails
+    return parse
+
+
+def describe_methods() -> str:
+    """Each method in one sentence, with its own flags and their defaults."""
+    lines = ["methods, and their own flags with their defaults:"]
     for name, method in METHODS.items():
-        own = (f"--{key.replace('_', '-')} {value}" for key, value in method.hyper.items())
-        lines.append(f"  {name:<10} {'  '.join(own)}")
+        lines.append(f"  {name:<10} {method.about}")
+        own = [f"--{key.replace('_', '-')} {value:g}" for key, value in method.hyper.items()]
+        if own:
+            lines.append(f"  {'':<10} {'  '.join(own)}")
+    return "\n".join(lines)
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="kd_lt.py", epilog="\n".join(lines), allow_abbrev=False, usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-        description="Train a teacher, distil a student on long-tailed data, report its accuracy.")
-    add = parser.add_argument
-    for name, (default, kind, allowed, text) in FLAGS.items():
-        text += "" if default is None else f"; default {default}"
-        values = {"choices": allowed} if kind is str and allowed else {"metavar": "X"}
-        add(f"--{name.replace('_', '-')}", default=default, type=kind, help=text, **values)
-    add("--teacher-checkpoint", nargs="+", metavar="PATH", help="run folders, instead of training")
+        prog="kd_lt.py",
+        usage="%(prog)s [flags]",
+        description="Train a teacher, distil a student on long-tailed data, report its accuracy.",
+        epilog=f"{describe_methods()}\n\n{EXAMPLES}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34, width=100
+        ),
+        allow_abbrev=False,
+    )
+    seed = number(int, 0, 2**32 - 1)
+    count = number(int, 1)
+    weight = number(float, 0)
+    networks = ", ".join(NETWORKS)
+    alone = [name for name, method in METHODS.items() if not method.teacher]
+
+    add = parser.add_argument_group("what to train").add_argument
+    add("--method", choices=METHODS, metavar="M", default="bkd", help="see below; default bkd")
+    add(
+        "--seed",
+        type=seed,
+        metavar="N",
+        default=0,
+        help="of weights and batches; default 0. Teachers: seed + 1000, + 2000, ...",
+    )
     add("--smoke", action="store_true", help="a run of seconds: made-up images, resnet8, 8 epochs")
-    add("--table", nargs="*", metavar="RUNS", help="print finished runs as Markdown; default runs")
-    add("--plot", nargs="+", metavar=("FILE", "RUNS"), help="draw finished runs, .png or .svg")
-    if "--smoke" in argv:  # other defaults; and a resnet8 teaches
-        parser.set_defaults(dataset="synthetic", student="resnet8", epochs=8, batch_size=64,
-                            runs_dir="runs/smoke")
+
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--dataset",
+        metavar="D",
+        default="cifar100",
+        help="cifar10, cifar100 (default), synthetic or FILE.npz",
+    )
+    add(
+        "--imb",
+        type=number(float, 1),
+        metavar="X",
+        help="thin to largest / smallest class = X; default 100, for FILE.npz 1",
+    )
+    add(
+        "--imb-type",
+        choices=("exp", "step"),
+        default=Config.imb_type,
+        help="how the classes shrink; default exp",
+    )
+    add(
+        "--subset-seed",
+        type=seed,
+        metavar="N",
+        default=Config.subset_seed,
+        help="which images are kept; default 0, the published ones",
+    )
+
+    add = parser.add_argument_group("networks and teacher").add_argument
+    add(
+        "--student",
+        choices=NETWORKS,
+        metavar="NET",
+        default="resnet32",
+        help=f"distilled, or trained alone; default resnet32. One of {networks}",
+    )
+    add(
+        "--teacher",
+        choices=NETWORKS,
+        metavar="NET",
+        help="the network that teaches; default resnet32",
+    )
+    add("--teacher-method", choices=alone, help="how it is trained; default ce, for dive bsce")
+    add(
+        "--num-teachers",
+        type=count,
+        metavar="K",
+        help="of cbd; default 1. The second half see distorted colours",
+    )
+    add(
+        "--teacher-checkpoint",
+        nargs="+",
+        metavar="RUN",
+        help="finished runs, instead of training teachers",
+    )
+
+    add = parser.add_argument_group("the method's own numbers (defaults below)").add_argument
+    add(
+        "--temperature",
+        type=number(float, 1e-3, 100),
+        metavar="T",
+        help="softens the probabilities that are compared",
+    )
+    add(
+        "--alpha",
+        type=weight,
+        metavar="X",
+        help="weight of distillation; krdistill: of its logits' part",
+    )
+    add(
+        "--beta",
+        type=weight,
+        metavar="X",
+        help="bkd: base of the effective numbers; cbd: weight of features",
+    )
+    add("--gamma", type=weight, metavar="X", help="krdistill: weight of the features' part")
+    add("--power", type=weight, metavar="X", help="dive: flattens the teacher's probabilities")
+    add(
+        "--bkd-start",
+        type=number(float, 0, 1),
+        metavar="X",
+        help="bkd: share of the epochs before it acts; on cifar10 0.8",
+    )
+
+    add = parser.add_argument_group("recipe, of teacher and student alike").add_argument
+    add("--epochs", type=count, metavar="N", default=Config.epochs, help="default 200")
+    add(
+        "--batch-size",
+        type=count,
+        metavar="N",
+        default=Config.batch_size,
+        help="images in a step; default 128",
+    )
+    add(
+        "--lr",
+        type=number(float, 1e-6),
+        metavar="X",
+        default=Config.lr,
+        help="the highest learning rate; default 0.1",
+    )
+    add(
+        "--weight-decay",
+        type=weight,
+        metavar="X",
+        default=Config.weight_decay,
+        help="on all parameters; default 0.0002",
+    )
+
+    add = parser.add_argument_group("machine and folders").add_argument
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default auto: an NVIDIA GPU, if there is one",
+    )
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="default auto: bf16, where the hardware has it",
+    )
+    add(
+        "--eager",
+        action="store_true",
+        help="on a GPU: no CUDA graph, for a step that cannot be recorded",
+    )
+    add("--eval-every", type=count, metavar="N", help="epochs between tests; default 1, on a CPU 5")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        default="data",
+        help="where CIFAR is, or is downloaded to; default data",
+    )
+    add("--runs-dir", metavar="DIR", default="runs", help="where runs are kept; default runs")
+
+    add = parser.add_argument_group(
+        "reports on finished runs (RUNS: run folders, or folders of runs)"
+    ).add_argument
+    add("--table", nargs="*", metavar="RUNS", help="print them as Markdown; default: those in runs")
+    add(
+        "--plot",
+        nargs="+",
+        metavar=("FILE", "RUNS"),
+        help="draw the named runs' accuracy from head to tail: .png, .svg, .pdf",
+    )
+
+    if "--smoke" in argv:
+        parser.set_defaults(
+            dataset="synthetic",
+            student="resnet8",
+            epochs=8,
+            batch_size=64,
+            runs_dir="runs/smoke",
+        )
     args = parser.parse_args(argv)
-    check_flags(parser, args)
+    refuse_flags_without_effect(parser, args)
+    refuse_out_of_range(parser, args)
+    if args.imb is None:
+        args.imb = 1.0 if args.dataset.endswith(".npz") else 100.0
+    args.command = shlex.join(["kd_lt.py", *argv])
     return args
 
-def check_flags(parser, args):
-    """Refuse what is out of range, and what would do nothing: it would spoil an experiment."""
-    method, given = METHODS[args.method], args.teacher_checkpoint or []
-    ignored = {key for other in METHODS.values() for key in other.hyper} - method.hyper.keys()
-    ignored |= {"num_teachers"} if given or args.method != "cbd" else set()
-    ignored |= {"teacher", "teacher_method"} if given or not method.teacher else set()
-    ignored |= {"imb_type", "subset_seed"} if args.imb == 1 else set()
-    if args.plot or args.table is not None:
-        ignored = FLAGS.keys() - {"runs_dir"}
-    if given and not method.teacher or len(given) > 1 and args.method != "cbd":
-        parser.error(f"--teacher-checkpoint: too many teachers for --method {args.method}")
-    for name, (_, kind, allowed, _) in FLAGS.items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if name in ignored and value != parser.get_default(name):
-            parser.error(f"{flag} does nothing beside the other flags (the method is {args.method})"
-                         ": leave it out")
-        if kind is not str and value is not None:
-            low, high = allowed[0], HIGHEST.get((args.method, name), allowed[1])
-            if not low <= value <= high:  # true for nan, too
-                parser.error(f"{flag} must lie in {low} .. {high}, not {value}")
 
-def make_config(args, data, precision):
+def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error where a flag would do nothing: that would spoil an experiment unseen."""
+    method = METHODS[args.method]
+    because = {}  # flag: the reason why it has no effect
+    for other in METHODS.values():
+        for key in other.hyper.keys() - method.hyper.keys():
+            because[key] = f"with --method {args.method}"
+    if args.method != "cbd":
+        because["num_teachers"] = f"with --method {args.method}, which has one teacher at most"
+    if not method.teacher:
+        for key in ("teacher", "teacher_method", "teacher_checkpoint"):
+            because[key] = f"with --method {args.method}, which has no teacher"
+    if args.teacher_checkpoint:
+        for key in ("teacher", "teacher_method", "num_teachers"):
+            because.setdefault(key, "beside --teacher-checkpoint")
+    if args.imb == 1:
+        because["imb_type"] = because["subset_seed"] = "with --imb 1"
+    if args.plot or args.table is not None:
+        report = "--plot" if args.plot else "--table"
+        because = dict.fromkeys(vars(args).keys() - {"runs_dir", "table", "plot"}, f"with {report}")
+        because.pop("smoke")  # it says where the runs are
+
+    for key, reason in because.items():
+        if getattr(args, key) != parser.get_default(key):
+            flag = "--" + key.replace("_", "-")
+            parser.error(f"{flag} has no effect {reason}: leave it out")
+    if args.method != "cbd" and len(args.teacher_checkpoint or []) > 1:
+        parser.error(f"--teacher-checkpoint: --method {args.method} has one teacher")
+
+
+def refuse_out_of_range(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error for a number that is too high for this method alone."""
+    for key, highest in METHODS[args.method].highest.items():
+        value = getattr(args, key)
+        if value is not None and value > highest:
+            parser.error(f"--{key} must lie in 0 .. {highest} for {args.method}, not {value}")
+
+
+def make_config(args: argparse.Namespace, data: Dataset, precision: str) -> Config:
     """The one Config of the flags, every default filled in."""
     method = METHODS[args.method]
-    start = {"bkd_start": BKD_START.get(args.dataset, 0.0)} if args.method == "bkd" else {}
-    hyper = method.hyper | start
-    hyper |= {key: getattr(args, key) for key in hyper if getattr(args, key) is not None}
-    same = {key: value for key, value in vars(args).items() if key in Config.__annotations__}
-    config = Config(**same | {"dataset": Path(args.dataset).name, "data": data.digest,
-                              "network": args.student, "head": method.head, "hyper": hyper,
-                              "teachers": [], "precision": precision, "colour": False})
-    if args.teacher_checkpoint:
-        return replace(config, teachers=[given_teacher(p, config) for p in args.teacher_checkpoint])
-    teacher = {"network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
-               "method": args.teacher_method or method.teacher, "head": method.head}
-    total = (args.num_teachers or 1) if method.teacher else 0
-    return replace(config, teachers=[  # with the student's seed, one would start as the student
-        teacher | {"seed": args.seed + 1000 * (k + 1), "colour": k >= total - total // 2}
-        for k in range(total)])
+    hyper = default_hyper(args.method, args.dataset)
+    for key in hyper:
+        if getattr(args, key) is not None:
+            hyper[key] = getattr(args, key)
 
-def choose_device(args):
+    config = Config(
+        dataset=Path(args.dataset).name,
+        data=data.digest,
+        imb=args.imb,
+        method=args.method,
+        hyper=hyper,
+        network=args.student,
+        head=method.head,
+        teachers=[],
+        seed=args.seed,
+        precision=precision,
+        imb_type=args.imb_type,
+        subset_seed=args.subset_seed,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+    )
+    if not method.teacher:
+        return config
+    if args.teacher_checkpoint:
+        given = [given_teacher(path, config) for path in args.teacher_checkpoint]
+        return replace(config, teachers=given)
+
+    total = args.num_teachers or 1
+    teachers = [
+        {
+            "network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
+            "method": args.teacher_method or method.teacher,
+            "head": method.head,
+            "seed": args.seed + 1000 * (k + 1),  # with the student's it would start as the student
+            "colour": k >= total - total // 2,  # the second half
+        }
+        for k in range(total)
+    ]
+    return replace(config, teachers=teachers)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes in bf16. Where torch lacks these private functions: no."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    functions = [getattr(torch.cpu, name, None) for name in names]
+    return any(function is not None and function() for function in functions)
+
+
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     """The device and the precision of this run; what is asked for and is not there is an error."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device != "cpu" and not cuda:
@@ -743,51 +1932,114 @@ def choose_device(args):
             reason = str(error).split("\n")[0]
         if args.device == "cuda":
             raise InputError(f"--device cuda: {reason}")
-        if any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")):
-            print(f"warning  NVIDIA GPU not used, many times slower: {reason}", file=sys.stderr)
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        drivers = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")
+        if any(Path(path).exists() for path in drivers):
+            print(f"warning   NVIDIA GPU not used, many times slower: {reason}", file=sys.stderr)
+
     if cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         torch.backends.cudnn.benchmark = True
         if args.precision == "bf16" and not has_bf16:
             raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has none; use fp32")
-    precision = {"auto": "bf16" if has_bf16 else "fp32"}.get(args.precision, args.precision)
+    else:
+        has_bf16 = cpu_has_bf16()
+
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
     torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
     return torch.device("cuda" if cuda else "cpu"), precision
 
-def train_and_report(args):
+
+def print_plan(config: Config, data: Dataset, args: argparse.Namespace, device: str) -> None:
+    """What is about to be trained, on what, and how; what deviates from the defaults is marked."""
+    changed = differs_from_default(config)
+
+    def show(key: str, value: float, default: float) -> str:
+        mark = f" (default {default:g})" if key in changed or value != default else ""
+        return f"{key.replace('_', ' ')} {value:g}{mark}"
+
+    counts = data.class_counts
+    groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
+    imbalance = f"imb {config.imb:g}"
+    imbalance += f" ({config.imb_type})" if config.imb_type != Config.imb_type else ""
+    imbalance += f" (subset seed {config.subset_seed})" if config.subset_seed else ""
+    print(
+        f"data      {args.dataset}, {imbalance}: {sum(counts):,} training images, {max(counts)}.."
+        f"{min(counts)} a class; {', '.join(groups)}; {len(data.test_targets):,} test images"
+    )
+
+    defaults = default_hyper(config.method, config.dataset)
+    hyper = [show(key, value, defaults[key]) for key, value in config.hyper.items()]
+    print(f"method    {config.method}" + (f": {', '.join(hyper)}" if hyper else ""))
+
+    print(f"student   {config.network}, {config.head} classifier, seed {config.seed}")
+    for teacher in config.teachers:
+        origin = f"given: {teacher['checkpoint']}" if "checkpoint" in teacher else ""
+        origin = origin or f"seed {teacher['seed']}"
+        colour = ", distorted colours" if teacher["colour"] else ""
+        print(f"teacher   {teacher['network']} by {teacher['method']}, {origin}{colour}")
+
+    recipe = [
+        show("epochs", config.epochs, Config.epochs),
+        show("batch_size", config.batch_size, Config.batch_size),
+        show("lr", config.lr, Config.lr),
+        show("weight_decay", config.weight_decay, Config.weight_decay),
+    ]
+    print(f"recipe    {', '.join(recipe)}")
+    print(f"device    {device}, {config.precision}")
+    print(f"folder    {Path(args.runs_dir) / run_name(config)}\n", flush=True)
+
+
+def train_and_report(args: argparse.Namespace) -> None:
+    """Train what the flags say and print its table."""
     device, precision = choose_device(args)
     args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
-    config, counts = make_config(args, data, precision), data.class_counts
-    groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
-    print(f"data     {data.name}: {sum(counts):,} training images, {max(counts)}..{min(counts)} a "
-          f"class; {', '.join(groups)}; {len(data.test_targets):,} test images")
-    print(f"device   {machine(device)}, {precision}\n{config}", flush=True)
+    args.padded_bytes = Batches.padded_bytes(data.train_images)
+    config = make_config(args, data, precision)
+    print_plan(config, data, args, machine(device))
+
     folder = run(config, data, args, device)
-    result = read(folder / "result.json")
-    print(f"result   {folder}, test accuracy in % after the last epoch\n")
-    rows = {f"teacher {i + 1}": [teacher] for i, teacher in enumerate(result["teachers"])}
-    print_rows(rows | {label(config): [result]})
+    result = read(folder / "result.json", RESULT)
+    print(f"result    {folder}, test accuracy in % after the last epoch\n")
+    rows = {}
+    for i, teacher in enumerate(result["teachers"], start=1):
+        rows[f"teacher {i}, {teacher['method']}"] = [teacher]
+    print_rows(rows | {row_name(config): [result]})
+
 
 def main(argv: list[str]) -> int:
+    """One command; returns the exit status. Raises SystemExit for wrong flags, as argparse does."""
     args = parse_flags(argv)
     try:
         if args.plot:
             plot(args.plot[0], args.plot[1:] or args.table or [args.runs_dir])
         if args.table is not None:
-            table(args.table or [args.runs_dir])
-        elif not args.plot:
+            in_plot = args.plot[1:] if args.plot else []
+            table(args.table or in_plot or [args.runs_dir])
+        if not args.plot and args.table is None:
             train_and_report(args)
-        sys.stdout.flush()  # here, where a failure can still be told
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except InputError as error:
         status, message = 2, str(error)
-    except RuntimeError as error:  # of torch, cuBLAS, cuDNN; a failed capture has it as context
-        known = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
-        if not any(text in f"{error} {error.__context__}" for text in known):
+    except (DivergedError, CaptureError) as error:
+        status, message = 1, str(error)
+    except FolderBusyError as error:
+        status, message = 75, str(error)  # "try again later": run_all.sh leaves the run to that one
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        status, message = 1, f"out of memory with --batch-size {args.batch_size}; try a smaller one"
+        status, message = 1, f"out of memory with --batch-size {args.batch_size}"
+        if "padded_bytes" in args:
+            message += f"; the padded images alone take {args.padded_bytes / 2**20:.0f} MiB"
+        message += ". Try a smaller batch, fewer or smaller images"
+    except BrokenPipeError:
+        # `| head` has what it wanted. Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell reports of a program that was ended by a closed pipe
     except OSError as error:
         status, message = 1, f"{error.filename or args.runs_dir}: {error.strerror or error}"
     except KeyboardInterrupt:
@@ -795,6 +2047,8 @@ def main(argv: list[str]) -> int:
     print(f"kd_lt.py: {message}", file=sys.stderr)
     return status
 
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without block characters still gets text
+    if sys.stdout is not None:  # None: it was closed by the caller
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets a table
     sys.exit(main(sys.argv[1:]))

@@ -15,23 +15,25 @@
 
 The first seven follow He et al. 2015 (arXiv 1512.03385), section 4.2: 16-32-64 channels, "option A"
 shortcuts. The wide pair of the distillation literature: stem 32, 64-128-256, 1x1 convolutions.
+The file needs torch alone and can be copied alone.
 """
+
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import normalise
-
 NETWORKS = {  # name: (layers: 6 n + 2, stem channels, channels of the stages, shortcut)
     **{f"resnet{n}": (n, 16, (16, 32, 64), "pad") for n in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{n}x4": (n, 32, (64, 128, 256), "conv") for n in (8, 32)},
 }
 
+
 class Output(NamedTuple):
     logits: Tensor  # (B, C)
     features: Tensor  # (B, D), what the classifier sees
+
 
 class BasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int, shortcut: str):
@@ -43,8 +45,9 @@ class BasicBlock(nn.Module):
         self.stride, self.extra = stride, channels - channels_in
         self.shortcut = None
         if shortcut == "conv" and (stride != 1 or self.extra):
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False),
-                                          nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -56,8 +59,10 @@ class BasicBlock(nn.Module):
             x = F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
         return F.relu(out + x)
 
+
 class CosineClassifier(nn.Module):
     """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it."""
+
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
@@ -67,20 +72,19 @@ class CosineClassifier(nn.Module):
         # over D, never over C: rows of the weight are classes
         return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
-def ignore_batch_counters(model: nn.Module, keys: NamedTuple) -> None:
-    """Let load_state_dict pass over BatchNorm's counters, which checkpoints of version 1 have."""
-    keys.unexpected_keys[:] = [k for k in keys.unexpected_keys if "num_batches_tracked" not in k]
 
 class ResNet(nn.Module):
     """A network of NETWORKS, Kaiming-normal from the global generator; head: linear or cosine.
 
     projection: a width to which linear + ReLU map the pooled vector before the head; 0: none.
     """
+
     def __init__(self, name: str, num_classes: int, head: str = "linear", projection: int = 0):
         super().__init__()
         if name not in NETWORKS:
             raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
         layers, stem, channels, shortcut = NETWORKS[name]
+
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         blocks, width = [], stem
@@ -90,36 +94,22 @@ class ResNet(nn.Module):
                 blocks.append(BasicBlock(width, out, stride, shortcut))
                 width = out
         self.blocks = nn.Sequential(*blocks)
+
         self.projection = nn.Linear(width, projection) if projection else None
         self.num_features = projection or width
         classifier = {"linear": nn.Linear, "cosine": CosineClassifier}[head]
         self.head = classifier(self.num_features, num_classes)
+
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
                 nn.init.kaiming_normal_(module.weight)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = None  # of no use, and a kernel in every step
-        self.register_load_state_dict_post_hook(ignore_batch_counters)
 
     def forward(self, images: Tensor) -> Output:
         """images float (B, 3, S, S) -> (logits (B, C), features (B, D))."""
         out = self.blocks(F.relu(self.bn1(self.conv1(images))))
+
         with torch.autocast(images.device.type, enabled=False):  # the head stays in full precision
             features = out.to(self.head.weight.dtype).mean((2, 3))
             if self.projection is not None:  # CBD's student: s = ReLU(W f + b)
                 features = F.relu(self.projection(features))
             return Output(self.head(features), features)
-
-def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 where precision says so; without the weight cache, which a CUDA graph cannot hold."""
-    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
-
-@torch.no_grad()
-def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
-    """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
-    outputs, pixels = [], 2_048_000 if device.type == "cuda" else 256_000  # of each part
-    model.eval()
-    for part in images.split(pixels // images.shape[-1] ** 2):
-        with mixed_precision(device, precision):
-            outputs.append(model(normalise(part.to(device))))
-    return Output(*map(torch.cat, zip(*outputs, strict=True)))
