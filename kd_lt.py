@@ -116,7 +116,7 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
 
     student = at_least_float32(student_logits)
     target = target_logits.detach().to(student.dtype)
-    q = F.softmax(target / temperature, dim=1)
+    q = F.log_softmax(target / temperature, dim=1).exp()
     log_p = F.log_softmax(student / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, q, reduction="batchmean")
 
@@ -197,8 +197,9 @@ def bkd_loss(
     that would broadcast, a temperature <= 0 and a beta outside [0, 1).
     """
     counts = as_counts(class_counts, teacher_logits)
-    log_w = effective_number_weights(counts, beta).log()
-    target_logits = teacher_logits + temperature * log_w
+    teacher = at_least_float32(teacher_logits)
+    log_w = effective_number_weights(counts, beta).log().to(teacher.dtype)
+    target_logits = teacher + temperature * log_w
 
     ce = F.cross_entropy(at_least_float32(student_logits), targets)
     return ce + alpha * kl_to_target(student_logits, target_logits, temperature)
