@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
 #
-# Makes the results table: METHODS x SEEDS at one setting. Finished runs are skipped, unfinished
-# ones continue. Copies of this script that share RUNS divide the runs among them: each run is made
+# Makes the results table: METHODS x SEEDS at one setting, and their teachers, which are rows of it,
+# too. Finished runs are skipped, unfinished ones continue. Relative paths are those of the folder
+# from which it is called; EXTRA is split at spaces. Copies of this script that share RUNS divide the runs among them: each run is made
 # by the copy that locks its folder first. Change what it does from the environment:
 #
 #   ./run_all.sh                                                   ResNet-32, 200 epochs, 3 seeds
@@ -15,16 +16,17 @@
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
 #   EXTRA="--device cuda" sbatch --array=0-7 --gpus=1 run_all.sh   Slurm; all nodes share RUNS
 set -uo pipefail
-METHODS=${METHODS:-ce bsce kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
+METHODS=${METHODS:-kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
 TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
 RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
-[ -f kd_lt.py ] || cd "$(dirname "$0")" || exit  # Slurm runs a copy elsewhere: then stay here
+program=$(dirname "$0")/kd_lt.py
+[ -f "$program" ] || program=kd_lt.py # Slurm runs a copy of this script from elsewhere
 "$PYTHON" -c "import torch" || exit
 busy=0 failed=0
 for seed in $SEEDS; do
   for method in $METHODS; do
-    command=("$PYTHON" kd_lt.py --method "$method" --dataset "$DATASET" --imb "$IMB"
+    command=("$PYTHON" "$program" --method "$method" --dataset "$DATASET" --imb "$IMB"
       --student "$STUDENT" --epochs "$EPOCHS" --seed "$seed" --runs-dir "$RUNS")
     [[ "$method $EXTRA" =~ ^(ce|bsce)\ |--teacher-checkpoint ]] || command+=(--teacher "$TEACHER")
     # shellcheck disable=SC2206
@@ -41,6 +43,6 @@ for seed in $SEEDS; do
   done
 done
 [ $busy -eq 0 ] || echo "$busy runs were left to other copies: the table has the finished ones"
-echo "+ $PYTHON kd_lt.py --table $RUNS"
-"$PYTHON" kd_lt.py --table "$RUNS" || [ $busy -gt 0 ] || exit
+echo "+ $PYTHON $program --table $RUNS"
+"$PYTHON" "$program" --table "$RUNS" || [ $busy -gt 0 ] || exit
 [ $failed -eq 0 ]
