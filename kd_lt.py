@@ -1658,161 +1658,74 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     networks = ", ".join(NETWORKS)
     alone = [name for name, method in METHODS.items() if not method.teacher]
 
+    # fmt: off
     add = parser.add_argument_group("what to train").add_argument
     add("--method", choices=METHODS, metavar="M", default="bkd", help="see below; default bkd")
-    add(
-        "--seed",
-        type=seed,
-        metavar="N",
-        default=0,
-        help="of weights and batches; default 0. Teachers: seed + 1000, + 2000, ...",
-    )
+    add("--seed", type=seed, metavar="N", default=0,
+        help="of weights and batches; default 0. Teachers: seed + 1000, + 2000, ...")
     add("--smoke", action="store_true", help="a run of seconds: made-up images, resnet8, 8 epochs")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset",
-        metavar="D",
-        default="cifar100",
-        help="cifar10, cifar100 (default), synthetic or FILE.npz",
-    )
-    add(
-        "--imb",
-        type=number(float, 1),
-        metavar="X",
-        help="thin to largest / smallest class = X; default 100, for FILE.npz 1",
-    )
-    add(
-        "--imb-type",
-        choices=("exp", "step"),
-        default=Config.imb_type,
-        help="how the classes shrink; default exp",
-    )
-    add(
-        "--subset-seed",
-        type=seed,
-        metavar="N",
-        default=Config.subset_seed,
-        help="which images are kept; default 0, the published ones",
-    )
+    add("--dataset", metavar="D", default="cifar100",
+        help="cifar10, cifar100 (default), synthetic or FILE.npz")
+    add("--imb", type=number(float, 1), metavar="X",
+        help="thin to largest / smallest class = X; default 100, for FILE.npz 1")
+    add("--imb-type", choices=("exp", "step"), default=Config.imb_type,
+        help="how the classes shrink; default exp")
+    add("--subset-seed", type=seed, metavar="N", default=Config.subset_seed,
+        help="which images are kept; default 0, the published ones")
 
     add = parser.add_argument_group("networks and teacher").add_argument
-    add(
-        "--student",
-        choices=NETWORKS,
-        metavar="NET",
-        default="resnet32",
-        help=f"distilled, or trained alone; default resnet32. One of {networks}",
-    )
-    add(
-        "--teacher",
-        choices=NETWORKS,
-        metavar="NET",
-        help="the network that teaches; default resnet32",
-    )
+    add("--student", choices=NETWORKS, metavar="NET", default="resnet32",
+        help=f"distilled, or trained alone; default resnet32. One of {networks}")
+    add("--teacher", choices=NETWORKS, metavar="NET",
+        help="the network that teaches; default resnet32")
     add("--teacher-method", choices=alone, help="how it is trained; default ce, for dive bsce")
-    add(
-        "--num-teachers",
-        type=count,
-        metavar="K",
-        help="of cbd; default 1. The second half see distorted colours",
-    )
-    add(
-        "--teacher-checkpoint",
-        nargs="+",
-        metavar="RUN",
-        help="finished runs, instead of training teachers",
-    )
+    add("--num-teachers", type=count, metavar="K",
+        help="of cbd; default 1. The second half see distorted colours")
+    add("--teacher-checkpoint", nargs="+", metavar="RUN",
+        help="finished runs, instead of training teachers")
 
     add = parser.add_argument_group("the method's own numbers (defaults below)").add_argument
-    add(
-        "--temperature",
-        type=number(float, 1e-3, 100),
-        metavar="T",
-        help="softens the probabilities that are compared",
-    )
-    add(
-        "--alpha",
-        type=weight,
-        metavar="X",
-        help="weight of distillation; krdistill: of its logits' part",
-    )
-    add(
-        "--beta",
-        type=weight,
-        metavar="X",
-        help="bkd: base of the effective numbers; cbd: weight of features",
-    )
+    add("--temperature", type=number(float, 1e-3, 100), metavar="T",
+        help="softens the probabilities that are compared")
+    add("--alpha", type=weight, metavar="X",
+        help="weight of distillation; krdistill: of its logits' part")
+    add("--beta", type=weight, metavar="X",
+        help="bkd: base of the effective numbers; cbd: weight of features")
     add("--gamma", type=weight, metavar="X", help="krdistill: weight of the features' part")
     add("--power", type=weight, metavar="X", help="dive: flattens the teacher's probabilities")
-    add(
-        "--bkd-start",
-        type=number(float, 0, 1),
-        metavar="X",
-        help="bkd: share of the epochs before it acts; on cifar10 0.8",
-    )
+    add("--bkd-start", type=number(float, 0, 1), metavar="X",
+        help="bkd: share of the epochs before it acts; on cifar10 0.8")
 
     add = parser.add_argument_group("recipe, of teacher and student alike").add_argument
     add("--epochs", type=count, metavar="N", default=Config.epochs, help="default 200")
-    add(
-        "--batch-size",
-        type=count,
-        metavar="N",
-        default=Config.batch_size,
-        help="images in a step; default 128",
-    )
-    add(
-        "--lr",
-        type=number(float, 1e-6),
-        metavar="X",
-        default=Config.lr,
-        help="the highest learning rate; default 0.1",
-    )
-    add(
-        "--weight-decay",
-        type=weight,
-        metavar="X",
-        default=Config.weight_decay,
-        help="on all parameters; default 0.0002",
-    )
+    add("--batch-size", type=count, metavar="N", default=Config.batch_size,
+        help="images in a step; default 128")
+    add("--lr", type=number(float, 1e-6), metavar="X", default=Config.lr,
+        help="the highest learning rate; default 0.1")
+    add("--weight-decay", type=weight, metavar="X", default=Config.weight_decay,
+        help="on all parameters; default 0.0002")
 
     add = parser.add_argument_group("machine and folders").add_argument
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="default auto: an NVIDIA GPU, if there is one",
-    )
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="default auto: bf16, where the hardware has it",
-    )
-    add(
-        "--eager",
-        action="store_true",
-        help="on a GPU: no CUDA graph, for a step that cannot be recorded",
-    )
-    add("--eval-every", type=count, metavar="N", help="epochs between tests; default 1, on a CPU 5")
-    add(
-        "--data-dir",
-        metavar="DIR",
-        default="data",
-        help="where CIFAR is, or is downloaded to; default data",
-    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="default auto: an NVIDIA GPU, if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="default auto: bf16, where the hardware has it")
+    add("--eager", action="store_true",
+        help="on a GPU: no CUDA graph, for a step that cannot be recorded")
+    add("--eval-every", type=count, metavar="N",
+        help="epochs between tests; default 1, on a CPU 5")
+    add("--data-dir", metavar="DIR", default="data",
+        help="where CIFAR is, or is downloaded to; default data")
     add("--runs-dir", metavar="DIR", default="runs", help="where runs are kept; default runs")
 
-    add = parser.add_argument_group(
-        "reports on finished runs (RUNS: run folders, or folders of runs)"
-    ).add_argument
-    add("--table", nargs="*", metavar="RUNS", help="print them as Markdown; default: those in runs")
-    add(
-        "--plot",
-        nargs="+",
-        metavar=("FILE", "RUNS"),
-        help="draw the named runs' accuracy from head to tail: .png, .svg, .pdf",
-    )
+    reports = "reports on finished runs (RUNS: run folders, or folders of runs)"
+    add = parser.add_argument_group(reports).add_argument
+    add("--table", nargs="*", metavar="RUNS", help="print as Markdown; default: those in runs")
+    add("--plot", nargs="+", metavar=("FILE", "RUNS"),
+        help="draw the named runs' accuracy from head to tail: .png, .svg, .pdf")
+    # fmt: on
 
     if "--smoke" in argv:
         parser.set_defaults(
