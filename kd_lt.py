@@ -142,8 +142,9 @@ def kd_loss(
     """
     target_logits = teacher_logits
 
+    kl = kl_to_target(student_logits, target_logits, temperature)
     ce = F.cross_entropy(at_least_float32(student_logits), targets)
-    return ce + alpha * kl_to_target(student_logits, target_logits, temperature)
+    return ce + alpha * kl
 
 
 def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tensor:
@@ -201,8 +202,9 @@ def bkd_loss(
     log_w = effective_number_weights(counts, beta).log().to(teacher.dtype)
     target_logits = teacher + temperature * log_w
 
+    kl = kl_to_target(student_logits, target_logits, temperature)
     ce = F.cross_entropy(at_least_float32(student_logits), targets)
-    return ce + alpha * kl_to_target(student_logits, target_logits, temperature)
+    return ce + alpha * kl
 
 
 def cbd_loss(

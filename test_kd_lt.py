@@ -414,6 +414,102 @@ def test_bad_arguments(function, argument):
             alone(function)(**arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    """The value of the same numbers in float32; the gradient in the logits' own dtype."""
+    x = make_case(21)
+    x.f_s[0] = 0  # a row of features may be all zero after the ReLU
+    half = {key: getattr(x, key).to(dtype) for key in ("z_s", "z_t", "f_s", "r")}
+    half["f_t"] = [f.to(dtype) for f in x.f_t]
+    single = {key: v.float() for key, v in half.items() if key != "f_t"}
+    single["f_t"] = [f.float() for f in half["f_t"]]
+    value, gradients = value_and_gradients(name, changed(x, **half))
+    expected, exact = value_and_gradients(name, changed(x, **single))
+    assert value.dtype == torch.float32 and value.isfinite()
+    assert_close(value, expected)
+    for key, gradient in gradients.items():
+        assert gradient.dtype == dtype and not gradient.isnan().any()
+        assert_close(gradient[1:].float(), exact[key][1:], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["kd", "bkd", "dive", "krdistill"])
+@pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min], ids=str)
+def test_a_class_that_the_teacher_rules_out_adds_nothing(name, mask):
+    x = changed(make_case(22), y=torch.zeros(4, dtype=torch.int64))
+    x.z_t[:, 4] = mask
+    value, gradients = value_and_gradients(name, x)
+    x.z_t[:, 4] = -1e6  # a probability of 0, too
+    assert_close(value, loss_of(name, x))
+    assert gradients["z_s"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("shape", [(5,), (4, 5, 2, 2)], ids=["one image", "dense"])
+def test_logits_of_another_shape_are_refused(name, shape):
+    x = changed(make_case(23), z_s=torch.zeros(shape), z_t=torch.zeros(shape))
+    with pytest.raises(ValueError, match="logits"):
+        loss_of(name, x)
+
+
+def test_a_bare_tensor_is_no_list_of_teachers():
+    x = make_case(24)
+    with pytest.raises(ValueError, match="teacher_features"):
+        kd_lt.cbd_loss(x.z_s, x.f_s, x.f_s, x.y)
+
+
+COUNTS = [200, 50, 9, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        tuple(COUNTS),
+        np.array(COUNTS),
+        np.array(COUNTS[::-1])[::-1],
+        np.array(COUNTS, ">i4"),
+        np.array(COUNTS, np.uint8),
+        torch.tensor(COUNTS),
+        torch.tensor(COUNTS, dtype=torch.float32),
+    ],
+    ids=["tuple", "array", "stride", "byte order", "uint8", "int64", "float32"],
+)
+@pytest.mark.parametrize("name", ["bsce", "bkd", "dive", "krdistill"])
+def test_every_form_of_class_counts_is_the_same_loss(name, counts):
+    x = make_case(25)
+    assert_close(loss_of(name, changed(x, n=counts)), loss_of(name, changed(x, n=COUNTS)))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [dict(enumerate(COUNTS)), set(COUNTS), None, 5, "20051", [math.inf, 1, 1, 1, 1]],
+    ids=["dict", "set", "None", "number", "text", "infinite"],
+)
+def test_class_counts_without_an_order_or_numbers_are_refused(counts):
+    x = make_case(26)
+    with pytest.raises(ValueError, match="class_counts"):
+        kd_lt.balanced_softmax_loss(x.z_s, x.y, counts)
+
+
+def test_the_highest_temperature_keeps_three_digits():
+    highest = 100.0  # of the flag
+    kd_lt.parse_flags(["--method", "kd", "--temperature", str(highest)])
+    with pytest.raises(SystemExit):
+        kd_lt.parse_flags(["--method", "kd", "--temperature", str(highest + 1)])
+    student, teacher = randn(27, 128, 100), randn(28, 128, 100)
+    exact = kd_lt.kl_to_target(student, teacher, highest)
+    single = kd_lt.kl_to_target(student.float(), teacher.float(), highest)
+    assert single.item() == approx(exact.item(), rel=1e-3)
+
+
+def test_prototypes_keep_short_directions():
+    """The tail's directions are short; a teacher is what it is, so a thousandth still counts."""
+    means = torch.diag(doubles([1, 1e-3, 1e-3])) + 5
+    prototypes = kd_lt.balanced_prototypes(F.pad(means, (0, 2)))
+    simplex = (3 * torch.eye(3).double() - 1) / 2
+    assert_close(prototypes @ prototypes.T, simplex)
+
+
 @pytest.mark.parametrize(
     "epochs, rates",
     [
@@ -812,6 +908,44 @@ def test_capture_of_a_loss_that_waits_is_the_eager_step(seen, monkeypatch, capsy
     with pytest.raises(RuntimeError, match=message):
         seen.trainer.capture()
     assert seen.modes[-1] == "default"
+
+
+def test_capture_warms_up_three_times(seen):
+    steps, step = [], seen.trainer.step
+    seen.trainer.step = lambda size: steps.append(size) or step(size)
+    seen.trainer.capture()
+    assert steps == 3 * [32, 14] + [32, 14]  # warm-up, then the recording
+    assert seen.modes == ["default", "default", "default", "error", "default"]
+
+
+@pytest.mark.parametrize("message", ["operation not permitted when stream is capturing\nmore"])
+def test_a_failed_recording_names_the_way_out(seen, monkeypatch, message):
+    def failing(*own, loss=kd_lt.kd_loss, **h):
+        if seen.modes[-1] == "default" and "error" in seen.modes:  # while it is recorded
+            raise RuntimeError(message)
+        return loss(*own, **h)
+
+    monkeypatch.setattr(kd_lt, "kd_loss", failing)
+    with pytest.raises(kd_lt.CaptureError, match="not permitted when.*--eager"):
+        seen.trainer.capture()
+    message = "CUDA out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):  # told by main
+        seen.trainer.capture()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_eager_records_nothing(small, tmp_path, monkeypatch, eager):
+    trainer = make_trainer(small, "ce", "--epochs", "1")
+    captured = []
+    monkeypatch.setattr(trainer, "capture", lambda: captured.append(1) or trainer.step)
+    trainer.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: dict.fromkeys(("top1", *kd_lt.GROUPS), 0))
+    monkeypatch.setattr(kd_lt, "mixed_precision", lambda *own: contextlib.nullcontext())
+    monkeypatch.setattr(kd_lt, "save", lambda *own: None)
+    images = SimpleNamespace(to=lambda device: images)  # there is no such device here
+    tests = SimpleNamespace(_replace=lambda **own: tests, test_images=images)
+    kd_lt.train(trainer, tests, tmp_path, kd_lt.Progress(0, 0.0, [], []), 1, eager)
+    assert bool(captured) != eager
 
 
 # ---- on a GPU
@@ -1989,6 +2123,163 @@ def test_one_writer(tiny, tmp_path):
     assert sorted(text.count("TRAINING") for text in shown) == [1, 2]
     found = outcome(runs)
     assert len(found) == 3 and {name: found[name] for name in want} == want
+
+
+@pytest.mark.parametrize("log", ["", "{", '{"command": "x"}\n', "cut"])
+def test_a_damaged_log_ends_no_resume(failed, tiny, tmp_path, log):
+    runs = shutil.copytree(failed[0].parent, tmp_path / "runs")  # stopped after epoch 1 of 2
+    file = runs / failed[0].name / "log.jsonl"
+    file.write_text(file.read_text()[:-20] if log == "cut" else log)
+    status, _, err = main(flags(tiny, runs, "--method ce"))
+    assert status == 0 and f"{file} is damaged" in err and "Traceback" not in err
+    whole, _ = finish(flags(tiny, tmp_path / "whole", "--method ce"))
+    weights = [plain(dict(kd_lt.load_run(run).state_dict())) for run in (file.parent, whole)]
+    assert weights[0] == weights[1]
+
+
+def test_a_teacher_that_changed_is_an_error(finished, tiny, tmp_path):
+    """And the checkpoints of version 2, which do not say who taught, resume bit for bit."""
+    runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
+    teacher, student = (runs / folder.name for folder in finished)
+    (student / "result.json").unlink()
+    content = torch.load(student / "last.pt", weights_only=True)
+    taught_otherwise = content | {"teachers": ["0" * 16]}
+    torch.save(taught_otherwise, student / "last.pt")
+    status, err = refused(flags(tiny, runs, "--method kd"), student, "another teacher")
+    assert status == 2
+
+    new = ("teachers", "versions", "progress")
+    old = {key: value for key, value in content.items() if key not in new}
+    old["student"] = {k: v for k, v in old["student"].items() if "num_batches" not in k}
+    torch.save(old, student / "last.pt")
+    (student / "config.json").write_text(
+        (student / "config.json").read_text().replace(f'"{kd_lt.VERSION}"', '"2.0.0"')
+    )
+    finish(flags(tiny, runs, "--method kd"))
+    before = json.loads((finished[1] / "result.json").read_text())
+    after = json.loads((student / "result.json").read_text())
+    assert after["version"] == f"2.0.0, then {kd_lt.VERSION}"
+    assert before["per_class"] == after["per_class"] and after["devices"] == before["devices"]
+    assert before["devices"] == [kd_lt.machine(torch.device("cpu"))]
+
+
+def test_a_resumed_run_keeps_its_earlier_devices(failed, tiny, tmp_path):
+    runs = shutil.copytree(failed[0].parent, tmp_path / "runs")
+    file = runs / failed[0].name / "last.pt"
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"devices": ["another"], "versions": ["2.9"]}, file)
+    finish(flags(tiny, runs, "--method ce"))
+    result = json.loads((file.parent / "result.json").read_text())
+    assert result["devices"] == ["another", kd_lt.machine(torch.device("cpu"))]
+    assert result["version"] == f"2.9, then {kd_lt.VERSION}"
+
+
+def test_weights_that_are_not_finite_are_no_result(tiny, tmp_path, monkeypatch):
+    step = kd_lt.Trainer.step
+
+    def last_one_explodes(trainer, size):
+        step(trainer, size)
+        if size == 1:  # the epoch's last
+            with torch.no_grad():
+                trainer.student.head.weight.fill_(math.inf)
+
+    monkeypatch.setattr(kd_lt.Trainer, "step", last_one_explodes)
+    status, err = refused(flags(tiny, tmp_path, "--method ce"), "not finite", "--lr")
+    assert status == 1 and not [*tmp_path.glob("*/result.json")]
+
+
+def test_reading_needs_no_right_to_write(finished, tiny, tmp_path, monkeypatch):
+    def refusing(folder, wait):
+        raise PermissionError(errno.EACCES, "read-only", str(folder))
+
+    monkeypatch.setattr(kd_lt, "lock", refusing)
+    folder, out = finish(flags(tiny, finished[0].parent, "--method kd"))
+    assert folder == finished[1] and "finished before" in out
+    assert main(["--table", finished[0].parent])[0] == 0
+
+
+def test_partial_files_are_new_and_old_ones_go(failed, tiny, tmp_path, monkeypatch):
+    runs = shutil.copytree(failed[0].parent, tmp_path / "runs")
+    stale, mine = runs / failed[0].name / "last.pt.1234.partial", tmp_path / "mine"
+    stale.write_bytes(b"half")
+    mine.write_bytes(b"precious")
+    monkeypatch.setattr(os, "urandom", lambda n: bytes(n))  # somebody guessed the name
+    link = tmp_path / f"new.{bytes(8).hex()}.partial"
+    link.symlink_to(mine)
+    with pytest.raises(FileExistsError):
+        data.write_whole(tmp_path / "new", b"content")
+    assert mine.read_bytes() == b"precious"
+    monkeypatch.undo()
+    finish(flags(tiny, runs, "--method ce"))
+    assert not stale.exists()
+
+
+def test_the_same_images_under_another_name_may_teach(finished, tiny, tmp_path):
+    renamed = shutil.copy(tiny, tmp_path / "renamed.npz")
+    text = f"--method kd --seed 3 --teacher-checkpoint {finished[0]}"
+    finish(flags(renamed, tmp_path / "runs", text))
+
+
+@pytest.mark.parametrize("command", ["{} --table {} | head -1", "{} --table {} >&-"])
+def test_a_closed_output_ends_quietly(tmp_path, command):
+    for i in range(40):
+        stored(tmp_path / "runs" / f"{i}", f"--method ce --lr {0.1 + i / 100}", 38.0)
+        log = {"command": "x"}, *({"epoch": e + 1} for e in range(200))
+        text = "".join(json.dumps(row) + "\n" for row in log)
+        (tmp_path / "runs" / f"{i}" / "log.jsonl").write_text(text)
+    program = f"{sys.executable} {HERE / 'kd_lt.py'}"
+    shell = command.format(program, tmp_path / "runs")
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert ended.stderr == "" and ended.stdout.count("\n") <= 1
+
+
+def test_the_recorded_command_is_what_a_shell_takes_back(tiny, tmp_path):
+    argv = flags(tiny, tmp_path / "my runs", "--method ce --epochs 1")
+    folder, _ = finish(argv)
+    command = json.loads((folder / "config.json").read_text())["command"]
+    assert shlex.split(command) == ["kd_lt.py", *argv] and "'" in command
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["command"] == command
+
+
+def test_a_run_works_where_files_cannot_be_locked(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    finish(flags(tiny, tmp_path, "--method ce --epochs 1"))
+
+
+def test_without_torchs_private_functions_a_cpu_has_no_bf16(monkeypatch):
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace())
+    assert not kd_lt.cpu_has_bf16()
+
+
+def test_own_images_are_not_thinned_unless_asked(tmp_path):
+    balanced = make_npz(tmp_path / "a.npz", [8, 8, 8])
+    folder, _ = finish(
+        [
+            "--smoke",
+            "--device",
+            "cpu",
+            "--epochs",
+            "1",
+            "--method",
+            "ce",
+            *("--dataset", balanced, "--runs-dir", tmp_path / "runs"),
+        ]
+    )
+    assert json.loads((folder / "result.json").read_text())["class_counts"] == [8, 8, 8]
+
+
+def test_files_that_are_no_run_are_said_to_be_none(tmp_path, tiny):
+    file = tmp_path / "x.pth"
+    for content in (
+        {"opt": SimpleNamespace(lr=1), "model": {}},
+        nn.Linear(1, 1),
+        {"state_dict": {"module.conv1.weight": torch.zeros(1)}},
+    ):
+        torch.save(content, file)
+        text = f"--method kd --teacher-checkpoint {file}"
+        status, err = refused(flags(tiny, tmp_path / "runs", text), "no run of kd_lt.py")
+        assert status == 2 and err.count("\n") == 1
+        assert "Weights only" not in err and "move" not in err
 
 
 # ---- wrong input
