@@ -3,7 +3,9 @@
 """Data sets as whole tensors, and the long-tailed CIFAR subsets that the literature trains on.
 
 Images are uint8 (N, 3, S, S), targets int64 (N,). S is 32, for own images a size from 16 to 128.
-To be reused alone: class_counts and long_tail_indices (the subset), Batches (with its sampler).
+To copy the published subset: class_counts, long_tail_indices and InputError. To copy Batches, with
+its class-balanced sampler: normalise, _normalisation, MEAN and STD as well, and for distorted
+colours distort_colour and _colour_space.
 """
 
 import functools
@@ -168,8 +170,9 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types for damaged files
+        reason = "it is no .npz file" if "allow_pickle=True" in str(error) else error
         raise InputError(
-            f"{path}: cannot read {key} ({error}); expected is a .npz file with the "
+            f"{path}: cannot read {key} ({reason}); expected is a .npz file with the "
             f"arrays {', '.join(NPZ_KEYS)}, none of objects"
         ) from None
 
@@ -363,6 +366,8 @@ class Batches:
         sampler: str,
         colour: bool = False,
     ):
+        if sampler not in ("instance", "class"):
+            raise ValueError(f'sampler must be "instance" or "class", not {sampler!r}')
         count, size = len(targets), images.shape[-1]
         padding = self.padding(size)
         padded = F.pad(images.to(device), [padding] * 4)  # raw: pad, then normalise

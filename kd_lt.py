@@ -45,12 +45,14 @@ VERSION = "3.0.0"
 # | 1 Losses                                                                                     |
 # |                                                                                              |
 # | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
-# | at least. No gradient reaches a teacher. To copy a loss, copy the three helpers with it, and |
-# | for bkd_loss effective_number_weights, for dive_loss and krdistill_loss                      |
-# | balanced_softmax_loss. Needed besides: math, Sequence, torch, F and Tensor, as imported here.|
+# | at least. No gradient reaches a teacher.                                                     |
 # |                                                                                              |
-# | kd, bkd, dive and krdistill are one family: CE + alpha T^2 KL(softmax(target / T) || student)|
-# | They differ in the logits of the target, which each of them shows in one line.               |
+# | To copy a loss, copy Counts and the three helpers below with it (cbd_loss needs              |
+# | at_least_float32 alone), and for bkd_loss effective_number_weights, for dive_loss and        |
+# | krdistill_loss balanced_softmax_loss. Imports: math, Sequence, torch, F and Tensor.          |
+# |                                                                                              |
+# | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
+# | divergence from a target. Each shows the logits of its target in one line.                   |
 # +----------------------------------------------------------------------------------------------+
 
 Counts = Sequence[float] | Tensor  # a number for each class; a NumPy array is taken, too
@@ -66,7 +68,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
 
     A list, tuple or array is checked: C finite numbers of at least 1. The values in a tensor are
     trusted, because to look at them would make the CPU wait for the GPU and break torch.compile:
-    pass a tensor under torch.compile(fullgraph=True). Float64 counts stay float64.
+    pass a tensor under torch.compile(fullgraph=True). The result has the dtype of the logits, or
+    float32 for half precision; a float64 tensor that is on their device already stays float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -100,7 +103,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
 def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(target / T) || softmax(student / T)), both (B, C), as a scalar.
 
-    T^2 keeps the gradient's size about the same at every temperature: it shrinks as 1 / T^2.
+    T^2 keeps the gradient about equally large at every temperature; without it the gradient would
+    shrink as 1 / T^2.
     "batchmean" sums over the classes and takes the mean over the images, as the definition of the
     divergence has it; plain "mean" would divide by C, too. The target is passed on as a
     probability, not as its logarithm, so that a class of probability 0 adds 0. It receives no
@@ -290,7 +294,7 @@ def dive_loss(
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError as kd_loss
     and balanced_softmax_loss do.
     """
-    target_logits = power * teacher_logits
+    target_logits = power * at_least_float32(teacher_logits)
 
     bsce = balanced_softmax_loss(student_logits, targets, class_counts)
     return (1 - alpha) * bsce + alpha * kl_to_target(student_logits, target_logits, temperature)
@@ -446,7 +450,8 @@ def krdistill_loss(
 # | 2 Methods and settings                                                                       |
 # |                                                                                              |
 # | A new method is a loss in section 1, an entry in METHODS, a case in Trainer.loss, and a flag |
-# | in parse_flags for each hyperparameter that has none yet. Nothing else.                      |
+# | in parse_flags for each hyperparameter that has none yet. The names in hyper are those of    |
+# | the loss's arguments.                                                                        |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -461,6 +466,7 @@ class Method:
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher, or "cosine"
     uses: str = ""  # what it needs of its teachers besides logits: "features" or "class means"
+    many_teachers: bool = False  # whether --num-teachers may ask for several
     learns_prior: bool = True  # its logits contain log pi; False: its loss or sampler balances
 
 
@@ -486,6 +492,7 @@ METHODS = {
         sampler="class",
         head="cosine",
         uses="features",
+        many_teachers=True,
         learns_prior=False,
     ),
     "dive": Method(
@@ -553,7 +560,10 @@ class CaptureError(Exception):
 
 
 def learning_rate(epoch: int, epochs: int, highest: float) -> float:
-    """In epoch 0 .. epochs-1: five epochs up to highest, x0.01 from 80 %, x0.0001 from 90 %."""
+    """In epoch 0 .. epochs-1: five epochs up to highest, x0.01 from 80 %, x0.0001 from 90 %.
+
+    As published for 200 epochs; other lengths keep the five epochs and the two shares.
+    """
     if 10 * epoch >= 9 * epochs:
         decay = 0.0001
     elif 10 * epoch >= 8 * epochs:
@@ -598,9 +608,8 @@ class Trainer:
             if isinstance(module, nn.Conv2d) and config.precision == "bf16":
                 module.bfloat16()
 
-        # The layout in memory. channels_last is the faster one for bf16, and on a CPU for float32,
-        # too. For float32 on a GPU it was reported to be slower (pytorch issue 44943; not measured
-        # here).
+        # The layout in memory: channels_last, but for float32 on a GPU, where users reported that
+        # it is slower (pytorch issue 44943).
         contiguous = device.type == "cuda" and config.precision == "fp32"
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
         for network in (self.student, self.adapter, self.teachers):
@@ -653,7 +662,7 @@ class Trainer:
             "adapter": self.adapter.state_dict(),
             "momentum": self.momentum,
             "generator": self.generator.get_state(),
-            "progress": [self.batches.position, self.loss_sum, self.correct],
+            "epoch_sums": [self.batches.position, self.loss_sum, self.correct],
         }
 
     @torch.no_grad()
@@ -664,9 +673,9 @@ class Trainer:
         for buffer, saved in zip(self.momentum, state["momentum"], strict=True):
             buffer.copy_(saved)
         self.generator.set_state(state["generator"])
-        progress = [self.batches.position, self.loss_sum, self.correct]
-        # Files of version 2 hold no progress. They need none: an epoch begins with zeros.
-        for tensor, saved in zip(progress, state.get("progress", progress), strict=True):
+        sums = [self.batches.position, self.loss_sum, self.correct]
+        # Files of version 2 hold no sums. They need none: an epoch begins with zeros.
+        for tensor, saved in zip(sums, state.get("epoch_sums", sums), strict=True):
             tensor.copy_(saved)
 
     def start_epoch(self, epoch: int) -> None:
@@ -817,7 +826,7 @@ class Trainer:
 def last_line_outside_torch(error: BaseException) -> str:
     """The file and line where an error left the program for torch's own files."""
     place = error.__traceback__
-    while place.tb_next and torch.__path__[0] not in str(place.tb_next.tb_frame.f_code):
+    while place.tb_next and torch.__path__[0] not in place.tb_next.tb_frame.f_code.co_filename:
         place = place.tb_next
     return f"{place.tb_frame.f_code.co_filename}, line {place.tb_lineno}"
 
@@ -950,8 +959,8 @@ def duration(seconds: float) -> str:
 # +----------------------------------------------------------------------------------------------+
 # | 4 Evaluation                                                                                 |
 # |                                                                                              |
-# | The test set is balanced, so top-1 counts all classes alike. The three groups are those of   |
-# | the literature, by training images.                                                          |
+# | CIFAR's test set is balanced, so its top-1 counts all classes alike; of own images top-1 is  |
+# | the mean over the test images. The three groups are those of the literature.                 |
 # +----------------------------------------------------------------------------------------------+
 
 # By the training images of a class: at least, at most.
@@ -1127,6 +1136,10 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
         METHODS[config.method], NETWORKS[config.network]  # a KeyError where one is unknown here
         for key in needed:
             content[key]
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; the run is not finished, is no run, or was kept without weights"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception:  # of a damaged or foreign file torch.load and json raise a dozen types
@@ -1166,7 +1179,7 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def add_to_log(folder: Path, row: dict) -> None:
-    """Append a row to log.jsonl; resume cuts a last line that found half its place."""
+    """Append a row to log.jsonl; resume cuts a line that is half written."""
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -1286,6 +1299,7 @@ def given_teacher(path: str, config: Config) -> dict:
     problem = ""
     if teacher.data != config.data:
         problem = f"its data is {teacher.data}, not {config.data}"
+        # The last of these that differs says best why the images do.
         for key in ("subset_seed", "imb_type", "imb", "dataset"):
             if getattr(teacher, key) != getattr(config, key):
                 problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
@@ -1328,13 +1342,13 @@ def run(
             print(finished, flush=True)
             return folder
         if not (folder / "config.json").exists():
-            about = {
+            description = {
                 "settings": asdict(config),
                 "version": VERSION,
                 "device": machine(device),
                 "command": args.command,
             }
-            write_json(folder / "config.json", about)
+            write_json(folder / "config.json", description)
 
         # Teachers are runs, too. A teacher has the student's recipe.
         paths = args.teacher_checkpoint
@@ -1428,14 +1442,14 @@ def setting_name(config: Config) -> str:
 def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """{(heading, digest of the images): {row name: results}} of the runs in the folders.
 
-    A folder is a run's own, or one that holds runs. A damaged run is named on stderr and left out.
-    Raises InputError where a folder holds no finished run.
+    A folder is a run's own, or one that holds runs. A damaged run, and a folder without a finished
+    one, are named on stderr and left out. Raises InputError where nothing is left.
     """
     runs = {}
     for folder in map(Path, folders):
         paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
-            raise InputError(f"{folder}: no finished run there (no result.json)")
+            print(f"kd_lt.py: left out: {folder}: no finished run there", file=sys.stderr)
         for path in paths:
             try:
                 result = read(path, RESULT)
@@ -1444,7 +1458,7 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
                 continue
             runs[run_name(result["config"])] = result  # a run in two folders counts once
     if not runs:
-        raise InputError(f"{', '.join(map(str, folders))}: no finished run there that can be read")
+        raise InputError(f"{', '.join(map(str, folders))}: no finished run there")
 
     order = list(METHODS)
     settings = {}
@@ -1609,8 +1623,8 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
 # +----------------------------------------------------------------------------------------------+
 # | 7 Command line                                                                               |
 # |                                                                                              |
-# | A flag either acts or is an error that says why. Errors of the user's end in main as one     |
-# | line on stderr and a status: 2 wrong input, 1 a failed run, 75 a busy folder, 130 Ctrl-C.    |
+# | A flag that would do nothing is an error that says why. Errors of the user's end in main as  |
+# | one line on stderr and a status: 2 wrong input, 1 a failed run, 75 a busy folder, 130 Ctrl-C.|
 # +----------------------------------------------------------------------------------------------+
 
 EXAMPLES = """examples:
@@ -1625,7 +1639,8 @@ def number(kind: type, low: float, high: float = 1e9):
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high:  # true for nan, too
-            raise argparse.ArgumentTypeError(f"must lie in {low} .. {high}, not {text}")
+            allowed = f"be at least {low}" if high == 1e9 else f"lie in {low} .. {high}"
+            raise argparse.ArgumentTypeError(f"must {allowed}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where kind(text) fails
@@ -1656,7 +1671,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )
     seed = number(int, 0, 2**32 - 1)
     count = number(int, 1)
-    weight = number(float, 0)
+    non_negative = number(float, 0)
     networks = ", ".join(NETWORKS)
     alone = [name for name, method in METHODS.items() if not method.teacher]
 
@@ -1691,12 +1706,12 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("the method's own numbers (defaults below)").add_argument
     add("--temperature", type=number(float, 1e-3, 100), metavar="T",
         help="softens the probabilities that are compared")
-    add("--alpha", type=weight, metavar="X",
+    add("--alpha", type=non_negative, metavar="X",
         help="weight of distillation; krdistill: of its logits' part")
-    add("--beta", type=weight, metavar="X",
+    add("--beta", type=non_negative, metavar="X",
         help="bkd: base of the effective numbers; cbd: weight of features")
-    add("--gamma", type=weight, metavar="X", help="krdistill: weight of the features' part")
-    add("--power", type=weight, metavar="X", help="dive: flattens the teacher's probabilities")
+    add("--gamma", type=non_negative, metavar="X", help="krdistill: weight of the features' part")
+    add("--power", type=non_negative, metavar="X", help="dive: flattens the teacher")
     add("--bkd-start", type=number(float, 0, 1), metavar="X",
         help="bkd: share of the epochs before it acts; on cifar10 0.8")
 
@@ -1706,7 +1721,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="images in a step; default 128")
     add("--lr", type=number(float, 1e-6), metavar="X", default=Config.lr,
         help="the highest learning rate; default 0.1")
-    add("--weight-decay", type=weight, metavar="X", default=Config.weight_decay,
+    add("--weight-decay", type=non_negative, metavar="X", default=Config.weight_decay,
         help="on all parameters; default 0.0002")
 
     add = parser.add_argument_group("machine and folders").add_argument
@@ -1753,7 +1768,7 @@ def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.
     for other in METHODS.values():
         for key in other.hyper.keys() - method.hyper.keys():
             because[key] = f"with --method {args.method}"
-    if args.method != "cbd":
+    if not method.many_teachers:
         because["num_teachers"] = f"with --method {args.method}, which has one teacher at most"
     if not method.teacher:
         for key in ("teacher", "teacher_method", "teacher_checkpoint"):
@@ -1772,7 +1787,7 @@ def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.
         if getattr(args, key) != parser.get_default(key):
             flag = "--" + key.replace("_", "-")
             parser.error(f"{flag} has no effect {reason}: leave it out")
-    if args.method != "cbd" and len(args.teacher_checkpoint or []) > 1:
+    if not method.many_teachers and len(args.teacher_checkpoint or []) > 1:
         parser.error(f"--teacher-checkpoint: --method {args.method} has one teacher")
 
 
@@ -1781,7 +1796,8 @@ def refuse_out_of_range(parser: argparse.ArgumentParser, args: argparse.Namespac
     for key, highest in METHODS[args.method].highest.items():
         value = getattr(args, key)
         if value is not None and value > highest:
-            parser.error(f"--{key} must lie in 0 .. {highest} for {args.method}, not {value}")
+            flag = "--" + key.replace("_", "-")
+            parser.error(f"{flag} must lie in 0 .. {highest} for {args.method}, not {value}")
 
 
 def make_config(args: argparse.Namespace, data: Dataset, precision: str) -> Config:
@@ -1867,17 +1883,16 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     return torch.device("cuda" if cuda else "cpu"), precision
 
 
-def print_plan(config: Config, data: Dataset, args: argparse.Namespace, device: str) -> None:
+def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_name: str) -> None:
     """What is about to be trained, on what, and how; what deviates from the defaults is marked."""
-    changed = differs_from_default(config)
 
     def show(key: str, value: float, default: float) -> str:
-        mark = f" (default {default:g})" if key in changed or value != default else ""
+        mark = f" (default {default:g})" if value != default else ""
         return f"{key.replace('_', ' ')} {value:g}{mark}"
 
     counts = data.class_counts
     groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
-    imbalance = f"imb {config.imb:g}"
+    imbalance = f"imb {config.imb:g}" if config.imb != 1 else "not thinned"
     imbalance += f" ({config.imb_type})" if config.imb_type != Config.imb_type else ""
     imbalance += f" (subset seed {config.subset_seed})" if config.subset_seed else ""
     print(
@@ -1903,7 +1918,7 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, device: 
         show("weight_decay", config.weight_decay, Config.weight_decay),
     ]
     print(f"recipe    {', '.join(recipe)}")
-    print(f"device    {device}, {config.precision}")
+    print(f"device    {machine_name}, {config.precision}")
     print(f"folder    {Path(args.runs_dir) / run_name(config)}\n", flush=True)
 
 

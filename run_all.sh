@@ -17,8 +17,8 @@
 #   EXTRA="--device cuda" sbatch --array=0-7 --gpus=1 run_all.sh   Slurm; all nodes share RUNS
 set -uo pipefail
 METHODS=${METHODS:-kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
-DATASET=${DATASET:-cifar100} IMB=${IMB:-100} EPOCHS=${EPOCHS:-200}
-TEACHER=${TEACHER:-resnet32} STUDENT=${STUDENT:-resnet32}
+DATASET=${DATASET:-cifar100} IMB=${IMB:-} EPOCHS=${EPOCHS:-200}
+TEACHER=${TEACHER:-} STUDENT=${STUDENT:-resnet32}
 RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} EXTRA=${EXTRA:-}
 program=$(dirname "$0")/kd_lt.py
 [ -f "$program" ] || program=kd_lt.py # Slurm runs a copy of this script from elsewhere
@@ -26,9 +26,11 @@ program=$(dirname "$0")/kd_lt.py
 busy=0 failed=0
 for seed in $SEEDS; do
   for method in $METHODS; do
-    command=("$PYTHON" "$program" --method "$method" --dataset "$DATASET" --imb "$IMB"
+    command=("$PYTHON" "$program" --method "$method" --dataset "$DATASET"
       --student "$STUDENT" --epochs "$EPOCHS" --seed "$seed" --runs-dir "$RUNS")
-    [[ "$method $EXTRA" =~ ^(ce|bsce)\ |--teacher-checkpoint ]] || command+=(--teacher "$TEACHER")
+    [ -z "$IMB" ] || command+=(--imb "$IMB")
+    [[ -z "$TEACHER" || "$method $EXTRA" =~ ^(ce|bsce)\ |--teacher-checkpoint ]] ||
+      command+=(--teacher "$TEACHER")
     # shellcheck disable=SC2206
     command+=($EXTRA)
     echo "+ ${command[*]}"
