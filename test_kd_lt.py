@@ -684,6 +684,24 @@ def test_the_seed_decides_the_initial_weights(small):
         assert one == same != other
 
 
+def test_the_seed_decides_the_batches_and_the_adapter_is_affine(small):
+    draws = []
+    for seed in "001":
+        trainer = make_trainer(small, "krdistill", "--seed", seed)
+        trainer.start_epoch(0)
+        draws.append(trainer.batches.draws.tolist())
+    assert draws[0] == draws[1] != draws[2]
+    assert trainer.adapter.bias is not None
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_a_failed_run(small, loss):
+    trainer = make_trainer(small, "ce")
+    kd_lt.check_finite(trainer, {"epoch": 1, "loss": 1.0}, Path("run"))
+    with pytest.raises(kd_lt.DivergedError, match="epoch 1 .*--lr.*run"):
+        kd_lt.check_finite(trainer, {"epoch": 1, "loss": loss}, Path("run"))
+
+
 def seconds_a_step(epoch, steps, device):
     """The median over five calls of epoch(), after one that is not counted."""
     times = []
@@ -1740,6 +1758,41 @@ def test_run_names_of_the_published_default_stay():
         assert kd_lt.run_name(config) != kd_lt.run_name(changed)
 
 
+def test_default_starts_of_bkd_are_no_part_of_a_name():
+    for text, shown in (
+        ("cifar100", False),
+        ("cifar10", False),
+        ("cifar10 --bkd-start 0", True),
+        ("cifar100 --bkd-start 0.8", True),
+    ):
+        config = config_of(f"--method bkd --dataset {text}")
+        assert ("bkd_start" in kd_lt.run_name(config)) == shown
+        assert ("bkd start" in kd_lt.row_name(config)) == shown
+
+
+def test_the_highest_seed_is_a_seed():
+    assert kd_lt.parse_flags(["--seed", str(2**32 - 1)]).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize("device, epochs", [("cpu", 5), ("cuda", 1)])
+def test_epochs_between_tests(tiny, tmp_path, monkeypatch, device, epochs):
+    class Stop(Exception):
+        pass
+
+    def stop(config, data, args, device):
+        asked.append(args.eval_every)
+        raise Stop
+
+    asked, chosen = [], (SimpleNamespace(type=device), "fp32")
+    monkeypatch.setattr(kd_lt, "choose_device", lambda args: chosen)
+    monkeypatch.setattr(kd_lt, "machine", lambda device: "a machine")
+    monkeypatch.setattr(kd_lt, "run", stop)
+    for more in ([], ["--eval-every", 7]):
+        with pytest.raises(Stop):
+            main([*flags(tiny, tmp_path, "--method ce"), *more])
+    assert asked == [epochs, 7]
+
+
 def stored(folder, text, top1, **teachers):
     result = {"settings": asdict(config_of(text)), "version": "2.0.0", "devices": ["a GPU"]}
     result["teachers"] = [
@@ -1892,6 +1945,8 @@ def test_plot_draws_a_line_a_row_with_its_own_colour_and_style(tmp_path):
     for i, method in enumerate(("ce", "bsce", "kd", "dive")):
         stored(tmp_path / method, f"--method {method}", 30.0 + i)
     stored(tmp_path / "again", "--method ce --seed 1", 31.0)
+    again = tmp_path / "again" / "result.json"
+    again.write_text(again.read_text().replace("80.0", "90.0"))
     ((heading, _), rows), *_ = kd_lt.finished_runs([tmp_path]).items()
     axes = figure.subplots()
     kd_lt.draw_head_to_tail(axes, heading, rows)
@@ -1901,7 +1956,7 @@ def test_plot_draws_a_line_a_row_with_its_own_colour_and_style(tmp_path):
     ]
     assert len({line.get_color() for line in lines}) == len(lines)
     assert len({str(line._unscaled_dash_pattern) for line in lines}) == len(lines)
-    assert lines[0].get_ydata()[:2].tolist() == [80, 60]  # class 1 has most images
+    assert lines[0].get_ydata()[:2].tolist() == [85, 60]  # the seeds' mean; class 1 comes first
     assert len(axes.collections) == 1  # the band of the one row with two seeds
     assert axes.get_title() == heading and "0" * 16 not in heading
 
@@ -1949,8 +2004,9 @@ def test_a_row_of_the_log_is_the_mean_over_the_images(tiny, tmp_path, monkeypatc
         return value
 
     monkeypatch.setattr(kd_lt.Trainer, "loss", recorded)
-    for row in log_of(finish(flags(tiny, tmp_path, "--method ce --epochs 1"))[0]):
-        sums = np.sum(batches, axis=0)  # 4, 4 and 1 images
+    rows = log_of(finish(flags(tiny, tmp_path, "--method ce --epochs 2"))[0])
+    for row, steps in zip(rows, (batches[:3], batches[3:]), strict=True):
+        sums = np.sum(steps, axis=0)  # 4, 4 and 1 images
         assert [9, 9 * row["loss"], 9 * row["train_top1"]] == approx(sums)
 
 
@@ -2214,6 +2270,11 @@ def test_partial_files_are_new_and_old_ones_go(failed, tiny, tmp_path, monkeypat
     assert not stale.exists()
 
 
+def test_a_teacher_of_the_same_seed_and_another_network_may_teach(finished, tiny, tmp_path):
+    text = f"--method kd --seed 1000 --student resnet14 --teacher-checkpoint {finished[0]}"
+    finish(flags(tiny, tmp_path, text + " --epochs 1"))
+
+
 def test_the_same_images_under_another_name_may_teach(finished, tiny, tmp_path):
     renamed = shutil.copy(tiny, tmp_path / "renamed.npz")
     text = f"--method kd --seed 3 --teacher-checkpoint {finished[0]}"
@@ -2443,6 +2504,7 @@ def test_bf16_needs_a_card_that_has_it(monkeypatch):
     "error, known",
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), True),
+        (MemoryError(), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
@@ -2454,5 +2516,24 @@ def test_out_of_memory_is_told_and_no_other_error_hidden(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(kd_lt, "train", failing)
     with contextlib.nullcontext() if known else pytest.raises(RuntimeError, match="mat1"):
-        message = "out of memory", "--batch-size 4"
+        message = "out of memory", "--batch-size 4", "padded images alone take 0 MiB"
         assert refused(flags(tiny, tmp_path, "--method ce"), *message)[0] == 1
+
+
+def test_a_shortage_is_found_in_the_context_of_another_error():
+    """A failed capture ends with an error of its own."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError:
+            raise RuntimeError("capture failed")  # noqa: B904
+    except RuntimeError as error:
+        assert kd_lt.is_out_of_memory(error)
+
+
+def test_padded_bytes_are_those_of_the_batches():
+    images = random_images(3, size=(16, 16))
+    batches = Batches(images, torch.arange(3), [1] * 3, 2, "cpu", "instance")
+    assert Batches.padded_bytes(images) == batches.windows.untyped_storage().nbytes()
+    with pytest.raises(ValueError, match="sampler"):
+        Batches(images, torch.arange(3), [1] * 3, 2, "cpu", "Class")
