@@ -52,6 +52,25 @@ from models import NETWORKS, ResNet
 THREADS = torch.get_num_threads()  # for test_speed; elsewhere batches of four are slower on more
 torch.set_num_threads(1)
 
+# ---- a worked example: bkd on one image of two classes, by hand
+
+
+def test_bkd_by_hand():
+    """The head has 3 images, the tail 1. With beta = 0.5 the effective numbers are 7/4 and 1.
+
+    The weights are proportional to 4/7 and 1, that is to 4 and 7. The teacher holds 7 : 4 for the
+    head, so that the weighted target is 28 : 28, one half each.
+    """
+    teacher_logits = torch.tensor([[math.log(7), math.log(4)]])
+    student_logits = torch.tensor([[math.log(3), math.log(1)]])  # 3/4 and 1/4
+    loss = kd_lt.bkd_loss(
+        student_logits, teacher_logits, torch.tensor([0]), [3, 1], temperature=1.0, beta=0.5
+    )
+    cross_entropy = -math.log(3 / 4)
+    divergence = 0.5 * math.log(0.5 / (3 / 4)) + 0.5 * math.log(0.5 / (1 / 4))
+    assert loss.item() == approx(cross_entropy + divergence)
+
+
 # ---- a case: the arguments of every loss, of the student (_s), of the teacher (_t, r), y and n
 
 LOSSES = {  # the function, and its arguments from a case
@@ -2008,6 +2027,26 @@ def test_a_row_of_the_log_is_the_mean_over_the_images(tiny, tmp_path, monkeypatc
     for row, steps in zip(rows, (batches[:3], batches[3:]), strict=True):
         sums = np.sum(steps, axis=0)  # 4, 4 and 1 images
         assert [9, 9 * row["loss"], 9 * row["train_top1"]] == approx(sums)
+
+
+def test_progress_is_shown_in_place_on_a_terminal_alone(capsys, monkeypatch):
+    """And only in an epoch of more than a second."""
+    began = time.perf_counter()
+    for is_terminal, seconds, shown in ((True, 2, True), (True, 0.5, False), (False, 2, False)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        kd_lt.print_progress(30, 85, 128, began - seconds)
+        assert capsys.readouterr().out.startswith("\r\033[K      step 30 of 85") == shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    row = {"epoch": 1, "lr": 0.02, "loss": 4.0, "train_top1": 5.0, "images_per_second": 900}
+    kd_lt.print_epoch(row, 200, 90.0)
+    assert capsys.readouterr().out.startswith("\r\033[K    1/200")  # the progress gives way
+
+
+@pytest.mark.parametrize(
+    "seconds, shown", [(12.4, "12 s"), (61, "1 min"), (7000, "117 min"), (7300, "2.0 h")]
+)
+def test_durations_read_as_people_say_them(seconds, shown):
+    assert kd_lt.duration(seconds) == shown
 
 
 def test_teachers_are_shared_and_finished_runs_not_repeated(tiny, twice, tmp_path):
