@@ -1974,6 +1974,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         status, message = 1, f"{error.filename or args.runs_dir}: {error.strerror or error}"
     except KeyboardInterrupt:
+        if sys.stdout is not None and sys.stdout.isatty():
+            print()  # below the progress of the epoch
         status, message = 130, "interrupted; the same command continues after the last whole epoch"
     print(f"kd_lt.py: {message}", file=sys.stderr)
     return status

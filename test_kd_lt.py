@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -508,6 +509,26 @@ def test_class_counts_without_an_order_or_numbers_are_refused(counts):
     x = make_case(26)
     with pytest.raises(ValueError, match="class_counts"):
         kd_lt.balanced_softmax_loss(x.z_s, x.y, counts)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on "meta", as Apple's GPUs refuse it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, func
+        return out
+
+
+@pytest.mark.parametrize("counts", [COUNTS, torch.tensor(COUNTS), doubles(COUNTS)], ids=str)
+@pytest.mark.parametrize("name", ["bsce", "bkd", "dive", "krdistill"])
+def test_no_loss_needs_float64_on_its_device(name, counts):
+    x = make_case(29)
+    tensors = {key: getattr(x, key).float().to("meta") for key in ("z_s", "z_t", "f_s", "r")}
+    with NoFloat64():
+        loss_of(name, changed(x, **tensors, y=x.y.to("meta"), n=counts))
 
 
 def test_the_highest_temperature_keeps_three_digits():
@@ -1433,6 +1454,30 @@ def test_download_adds_what_is_missing_only(mini, tmp_path, serve, capsys):
     assert data.load_cifar("cifar10", root, train=False)[1].tolist() == [5, 9]
 
 
+def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch):
+    put(mini, tmp_path)
+    loads = pickle.loads
+
+    def warning(raw, **own):  # as NumPy 2.4.0 to 2.4.4 do
+        warnings.warn("dtype(): align should be passed as a bool", DeprecationWarning, 2)
+        return loads(raw, **own)
+
+    monkeypatch.setattr(pickle, "loads", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and that reaches nobody
+        images, targets = data.load_cifar("cifar10", tmp_path, train=False)
+    batch = loads(mini[f"{FOLDER}/test_batch"])
+    assert targets.tolist() == batch["labels"]
+    assert (images.numpy().reshape(2, -1) == batch["data"]).all()
+
+    seen = []
+    monkeypatch.setattr(data, "long_tail_indices", lambda y, *own: torch.arange(len(y)))
+    monkeypatch.setattr(data, "class_counts", lambda *own: seen.append(own) or [1])
+    whole = data.load_dataset("cifar10", tmp_path, 100)
+    assert torch.equal(whole.test_images, images) and whole.test_targets.tolist() == [5, 9]
+    assert len(whole.train_images) == 10 and seen == [(10, 5, 100, "exp")]
+
+
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("bytes that nobody checked were unpickled",)
@@ -1627,27 +1672,33 @@ def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
     settings = {
         "METHODS": "ce kd",
         "SEEDS": "0",
-        "DATASET": str(tiny),
+        "DATASET": os.path.relpath(tiny, tmp_path),  # relative paths are the caller's
         "IMB": "1",
         "EPOCHS": "2",
         "TEACHER": "resnet8",
         "STUDENT": "resnet8",
-        "RUNS": str(tmp_path),
+        "RUNS": "runs",
         "PYTHON": sys.executable,
         "EXTRA": "--device cpu",
         "OMP_NUM_THREADS": "1",
     }
     copies = [
         subprocess.Popen(
-            ["bash", script], env=os.environ | settings, text=True, stdout=subprocess.PIPE
+            ["bash", script],
+            env=os.environ | settings,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
         )
         for _ in range(2)
     ]
     outputs = [copy.communicate(timeout=300)[0] for copy in copies]
     assert [copy.returncode for copy in copies] == [0, 0]
-    assert sorted(path.name.split("-")[2] for path in tmp_path.iterdir()) == ["ce", "ce", "kd"]
-    for folder in tmp_path.iterdir():  # the line before the rows of epochs: once for each run
-        assert sum(f"epochs, in {folder}\n" in output for output in outputs) == 1, folder
+    folders = [*(tmp_path / "runs").iterdir()]
+    assert sorted(folder.name.split("-")[2] for folder in folders) == ["ce", "ce", "kd"]
+    for folder in folders:  # the line before the rows of epochs: once for each run
+        line = f"epochs, in runs/{folder.name}\n"
+        assert sum(line in output for output in outputs) == 1, folder
     tables = [output.split(f"+ {sys.executable} {HERE}/kd_lt.py --table")[1] for output in outputs]
     assert any("\n| ce" in table and "\n| kd" in table for table in tables)
     failing = os.environ | settings | {"EXTRA": "--nonsense"}
