@@ -89,7 +89,9 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
         except (TypeError, ValueError):
             raise ValueError(f"class_counts must be C numbers, not {class_counts}") from None
         if not all(1 <= number < math.inf for number in numbers):
-            raise ValueError(f"class_counts must be finite and at least 1, not {class_counts}")
+            raise ValueError(
+                f"class_counts must be numbers of images, at least 1, not {class_counts}"
+            )
         counts = torch.tensor(numbers, dtype=torch.float64)
 
     if counts.shape != logits.shape[1:]:
