@@ -2610,6 +2610,15 @@ def test_out_of_memory_is_told_and_no_other_error_hidden(tiny, tmp_path, monkeyp
         assert refused(flags(tiny, tmp_path, "--method ce"), *message)[0] == 1
 
 
+def test_a_shortage_while_images_are_read_is_told(tiny, tmp_path, monkeypatch):
+    def failing(*own):
+        raise MemoryError
+
+    monkeypatch.setattr(kd_lt, "load_dataset", failing)
+    status, err = refused(flags(tiny, tmp_path, "--method ce"), "out of memory", "smaller images")
+    assert status == 1 and "padded" not in err  # nothing is known of them yet
+
+
 def test_a_shortage_is_found_in_the_context_of_another_error():
     """A failed capture ends with an error of its own."""
     try:
