@@ -29,7 +29,7 @@ import sys
 import tarfile
 import time
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,16 +72,37 @@ def test_bkd_by_hand():
     assert loss.item() == approx(cross_entropy + divergence)
 
 
-# ---- a case: the arguments of every loss, of the student (_s), of the teacher (_t, r), y and n
+# ---- an example: the arguments of every loss
 
-LOSSES = {  # the function, and its arguments from a case
-    "ce": (F.cross_entropy, lambda x: (x.z_s, x.y)),
-    "bsce": (kd_lt.balanced_softmax_loss, lambda x: (x.z_s, x.y, x.n)),
-    "kd": (kd_lt.kd_loss, lambda x: (x.z_s, x.z_t, x.y)),
-    "bkd": (kd_lt.bkd_loss, lambda x: (x.z_s, x.z_t, x.y, x.n)),
-    "cbd": (kd_lt.cbd_loss, lambda x: (x.z_s, x.f_s, x.f_t, x.y)),
-    "dive": (kd_lt.dive_loss, lambda x: (x.z_s, x.z_t, x.y, x.n)),
-    "krdistill": (kd_lt.krdistill_loss, lambda x: (x.z_s, x.f_s, rectified(x), x.r, x.y, x.n)),
+
+@dataclass
+class Example:
+    """What the losses take: B images, C classes, D features, two teachers for cbd."""
+
+    student_logits: torch.Tensor  # (B, C)
+    teacher_logits: torch.Tensor  # (B, C)
+    student_features: torch.Tensor  # (B, D)
+    teacher_features: list[torch.Tensor]  # of each teacher (B, D_k); together D
+    rectified_features: torch.Tensor  # (B, D)
+    targets: torch.Tensor  # (B,)
+    class_counts: list[int]  # C
+
+    @property
+    def rectified_logits(self):
+        return kd_lt.rectify_logits(self.teacher_logits, self.targets, self.class_counts)
+
+
+LOSSES = {  # the function, and which fields of an example it takes
+    "ce": (F.cross_entropy, "student_logits targets"),
+    "bsce": (kd_lt.balanced_softmax_loss, "student_logits targets class_counts"),
+    "kd": (kd_lt.kd_loss, "student_logits teacher_logits targets"),
+    "bkd": (kd_lt.bkd_loss, "student_logits teacher_logits targets class_counts"),
+    "cbd": (kd_lt.cbd_loss, "student_logits student_features teacher_features targets"),
+    "dive": (kd_lt.dive_loss, "student_logits teacher_logits targets class_counts"),
+    "krdistill": (
+        kd_lt.krdistill_loss,
+        "student_logits student_features rectified_logits rectified_features targets class_counts",
+    ),
 }
 OURS = [name for name in LOSSES if name != "ce"]
 HELPERS = ["at_least_float32", "as_counts", "kl_to_target"]  # copied with every loss
@@ -92,54 +113,65 @@ COMPANIONS = {  # and what has to be copied besides; with the others nothing
 }
 
 
-def rectified(x):
-    """The teacher's logits as krdistill_loss takes them."""
-    return kd_lt.rectify_logits(x.z_t, x.y, x.n)
-
-
 def doubles(values):
+    """The values as a float64 tensor."""
     return torch.tensor(values, dtype=torch.float64)
 
 
 def generator(seed):
+    """A generator of its own, so that no test depends on another."""
     return torch.Generator().manual_seed(seed)
 
 
 def randn(seed, *shape):
+    """Normally distributed float64 numbers, the same for the same seed."""
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
-def make_case(seed, batch=4, num_classes=5, scale=2.0, counts=None):
-    z, f, n = randn(seed, 2, batch, num_classes), randn(seed, 3, batch, 6), randn(seed, num_classes)
-    return SimpleNamespace(
-        z_s=scale * z[0],
-        z_t=scale * z[1],
-        f_s=f[0],
-        f_t=list((3 * f[1]).split([4, 2], 1)),
-        r=F.normalize(f[2], dim=1),
-        y=randn(seed + 1, batch, num_classes).argmax(1),
-        n=counts or [int(10 ** (6 * v)) for v in n.sigmoid()],
+def make_example(seed, batch=4, num_classes=5, scale=2.0, counts=None):
+    """A random example in float64, with counts from one to a million."""
+    logits = scale * randn(seed, 2, batch, num_classes)
+    features = randn(seed, 3, batch, 6)
+    sizes = randn(seed, num_classes).sigmoid()
+    return Example(
+        student_logits=logits[0],
+        teacher_logits=logits[1],
+        student_features=features[0],
+        teacher_features=list((3 * features[1]).split([4, 2], 1)),
+        rectified_features=F.normalize(features[2], dim=1),
+        targets=randn(seed + 1, batch, num_classes).argmax(1),
+        class_counts=counts or [int(10 ** (6 * size)) for size in sizes],
     )
 
 
-def changed(x, **new):
-    return SimpleNamespace(**vars(x) | new)
-
-
-def loss_of(name, x, function=None, **h):
+def loss_of(name, example, function=None, **hyper):
+    """The loss of an example, by the program's function or by another."""
     own, arguments = LOSSES[name]
-    return (function or own)(*arguments(x), **h)
+    return (function or own)(*(getattr(example, key) for key in arguments.split()), **hyper)
 
 
-def value_and_gradients(name, x, function=None, **h):
+def value_and_gradients(name, example, function=None, **hyper):
     """The loss, and its gradients in the student's tensors; none may reach the teacher's."""
-    teacher = [tensor.detach().requires_grad_() for tensor in (x.z_t, x.r, *x.f_t)]
-    x = changed(x, z_t=teacher[0], r=teacher[1], f_t=teacher[2:])
+    teacher = [
+        tensor.detach().requires_grad_()
+        for tensor in (
+            example.teacher_logits,
+            example.rectified_features,
+            *example.teacher_features,
+        )
+    ]
+    example = replace(
+        example,
+        teacher_logits=teacher[0],
+        rectified_features=teacher[1],
+        teacher_features=teacher[2:],
+    )
+    learns_features = name in ("cbd", "krdistill")
     inputs = {
-        key: getattr(x, key).detach().requires_grad_()
-        for key in (("z_s", "f_s") if name in ("cbd", "krdistill") else ("z_s",))
+        key: getattr(example, key).detach().requires_grad_()
+        for key in ("student_logits", "student_features")[: 1 + learns_features]
     }
-    loss = loss_of(name, changed(x, **inputs), function, **h)
+    loss = loss_of(name, replace(example, **inputs), function, **hyper)
     loss.backward()
     assert all(tensor.grad is None for tensor in teacher)
     return loss.detach(), {key: tensor.grad for key, tensor in inputs.items()}
@@ -178,11 +210,13 @@ def rectified_oracle(z, y, pi):
     return z
 
 
-def oracle(name, x, temperature=2.0, alpha=None, beta=None, gamma=2.0, power=0.5):
+def oracle(name, example, temperature=2.0, alpha=None, beta=None, gamma=2.0, power=0.5):
     alpha = {"cbd": 0.4, "dive": 0.5}.get(name, 1.0) if alpha is None else alpha
     beta = {"cbd": 100.0}.get(name, 0.9999) if beta is None else beta
-    pi, losses = [n / sum(x.n) for n in x.n], []
-    for b, (z, t, y) in enumerate(zip(x.z_s, x.z_t, x.y, strict=True)):
+    pi, losses = [n / sum(example.class_counts) for n in example.class_counts], []
+    for b, (z, t, y) in enumerate(
+        zip(example.student_logits, example.teacher_logits, example.targets, strict=True)
+    ):
         q, ce = softmax(t, temperature), -math.log(softmax(z)[y])
         bsce = -math.log(softmax([v + math.log(p) for v, p in zip(z, pi, strict=True)])[y])
         match name:
@@ -191,39 +225,53 @@ def oracle(name, x, temperature=2.0, alpha=None, beta=None, gamma=2.0, power=0.5
             case "kd":
                 loss = ce + alpha * kl_oracle(q, z, temperature)
             case "bkd":
-                q = [w * p for w, p in zip(weights_oracle(x.n, beta), q, strict=True)]
+                q = [
+                    w * p
+                    for w, p in zip(weights_oracle(example.class_counts, beta), q, strict=True)
+                ]
                 q = [p / sum(q) for p in q]
                 loss = ce + alpha * kl_oracle(q, z, temperature)
             case "cbd":
-                joined = [v for teacher in x.f_t for v in unit(teacher[b])]
-                loss = (1 - alpha) * ce + alpha * beta * distance(x.f_s[b], joined)
+                joined = [v for teacher in example.teacher_features for v in unit(teacher[b])]
+                loss = (1 - alpha) * ce + alpha * beta * distance(
+                    example.student_features[b], joined
+                )
             case "dive":
                 q = [p**power / sum(p**power for p in q) for p in q]
                 loss = (1 - alpha) * bsce + alpha * kl_oracle(q, z, temperature)
             case "krdistill":
                 q = softmax(rectified_oracle(t, y, pi), temperature)
-                rrd = distance(x.f_s[b], x.r[b])
+                rrd = distance(example.student_features[b], example.rectified_features[b])
                 loss = bsce + alpha * kl_oracle(q, z, temperature) + gamma * rrd
         losses.append(loss)
     return statistics.fmean(losses)
 
 
-def check_against_oracle(name, x, function=None, **h):
+def check_against_oracle(name, example, function=None, **h):
     """Compare the value, and the gradients with central differences of the oracle."""
-    value, gradients = value_and_gradients(name, x, function, **h)
-    x = changed(
-        x,
-        **{key: getattr(x, key).tolist() for key in ("z_s", "f_s", "z_t", "r", "y")},
-        f_t=[f.tolist() for f in x.f_t],
-        n=[float(n) for n in x.n],
+    value, gradients = value_and_gradients(name, example, function, **h)
+    example = replace(
+        example,
+        **{
+            key: getattr(example, key).tolist()
+            for key in (
+                "student_logits",
+                "student_features",
+                "teacher_logits",
+                "rectified_features",
+                "targets",
+            )
+        },
+        teacher_features=[f.tolist() for f in example.teacher_features],
+        class_counts=[float(n) for n in example.class_counts],
     )
-    assert value.item() == approx(oracle(name, x, **h), rel=1e-10)
+    assert value.item() == approx(oracle(name, example, **h), rel=1e-10)
     for key, gradient in gradients.items():
-        rows, step = getattr(x, key), 1e-5
+        rows, step = getattr(example, key), 1e-5
         for b, c in np.ndindex(*gradient.shape):
             here, around = rows[b][c], []
             for rows[b][c] in (here + step, here - step):
-                around.append(oracle(name, x, **h))
+                around.append(oracle(name, example, **h))
             rows[b][c] = here
             difference = (around[0] - around[1]) / (2 * step)
             assert gradient[b, c].item() == approx(difference, rel=1e-6, abs=1e-7)
@@ -243,8 +291,8 @@ def check_against_oracle(name, x, function=None, **h):
 )
 def test_loss_is_the_oracle(name, h, form):
     for seed, batch, num_classes in ((0, 4, 5), (1, 1, 3), (2, 3, 7)):
-        x = make_case(seed, batch, num_classes)
-        check_against_oracle(name, changed(x, n=form(x.n)), **h)
+        example = make_example(seed, batch, num_classes)
+        check_against_oracle(name, replace(example, class_counts=form(example.class_counts)), **h)
 
 
 def alone(function):
@@ -259,42 +307,65 @@ def alone(function):
 @pytest.mark.parametrize("name", OURS)
 def test_a_loss_stands_alone(name):
     function = LOSSES[name][0]
-    check_against_oracle(name, make_case(3), alone(function.__name__))
+    check_against_oracle(name, make_example(3), alone(function.__name__))
     hyper = [v for key, v in kd_lt.METHODS[name].hyper.items() if key != "bkd_start"]
     assert hyper == [*(function.__defaults__ or ())]  # the program's defaults are the loss's
 
 
 def test_identities():
-    x = make_case(6, counts=[500, 120, 30, 8, 1])
-    equal, like = changed(x, n=[77] * 5), changed(x, z_s=x.z_t)
-    ce, bsce, kd = (loss_of(name, x) for name in ("ce", "bsce", "kd"))
-    kl, flatter = loss_of("kd", x, temperature=3.0) - ce, loss_of("kd", changed(x, z_t=0.4 * x.z_t))
-    t = torch.cat([F.normalize(f, dim=1) for f in x.f_t], 1)
+    example = make_example(6, counts=[500, 120, 30, 8, 1])
+    equal, like = (
+        replace(example, class_counts=[77] * 5),
+        replace(example, student_logits=example.teacher_logits),
+    )
+    ce, bsce, kd = (loss_of(name, example) for name in ("ce", "bsce", "kd"))
+    kl, flatter = (
+        loss_of("kd", example, temperature=3.0) - ce,
+        loss_of("kd", replace(example, teacher_logits=0.4 * example.teacher_logits)),
+    )
+    t = torch.cat([F.normalize(f, dim=1) for f in example.teacher_features], 1)
     for value, expected in [
         (loss_of("kd", like), loss_of("ce", like)),  # of a student like its teacher
         (
-            value_and_gradients("kd", like, alpha=5.0)[1]["z_s"],
-            value_and_gradients("ce", like)[1]["z_s"],
+            value_and_gradients("kd", like, alpha=5.0)[1]["student_logits"],
+            value_and_gradients("ce", like)[1]["student_logits"],
         ),
         (loss_of("bkd", equal), kd),
-        (loss_of("bkd", x, beta=0.0), kd),
+        (loss_of("bkd", example, beta=0.0), kd),
         (loss_of("bsce", equal), ce),
-        (bsce, F.cross_entropy(x.z_s + doubles(x.n).log(), x.y)),  # n does what pi does
-        (loss_of("dive", x, alpha=0), bsce),
-        (loss_of("dive", x, temperature=3.0, alpha=0.3, power=1), 0.7 * bsce + 0.3 * kl),
-        (loss_of("dive", x, alpha=1, power=0.4), flatter - ce),  # q = softmax(power z / T)
-        (loss_of("krdistill", x, alpha=0, gamma=0), bsce),
-        (loss_of("cbd", changed(x, f_s=7 * t)), 0.6 * ce),  # it sees directions only
-        (loss_of("cbd", changed(x, f_s=-t), alpha=1, beta=3), doubles(6)),
         (
-            loss_of("cbd", changed(x, f_s=x.f_s.repeat(1, 3), f_t=[x.r] * 3)),
-            loss_of("cbd", changed(x, f_t=[x.r])),
+            bsce,
+            F.cross_entropy(
+                example.student_logits + doubles(example.class_counts).log(), example.targets
+            ),
+        ),  # n does what pi does
+        (loss_of("dive", example, alpha=0), bsce),
+        (loss_of("dive", example, temperature=3.0, alpha=0.3, power=1), 0.7 * bsce + 0.3 * kl),
+        (loss_of("dive", example, alpha=1, power=0.4), flatter - ce),  # q = softmax(power z / T)
+        (loss_of("krdistill", example, alpha=0, gamma=0), bsce),
+        (
+            loss_of("cbd", replace(example, student_features=7 * t)),
+            0.6 * ce,
+        ),  # it sees directions only
+        (loss_of("cbd", replace(example, student_features=-t), alpha=1, beta=3), doubles(6)),
+        (
+            loss_of(
+                "cbd",
+                replace(
+                    example,
+                    student_features=example.student_features.repeat(1, 3),
+                    teacher_features=[example.rectified_features] * 3,
+                ),
+            ),
+            loss_of("cbd", replace(example, teacher_features=[example.rectified_features])),
         ),
     ]:  # equal teachers are one
         assert_close(value, expected)
-    assert abs(loss_of("bkd", x) - kd) > 0.1  # weights by an image's label would cancel in q
-    dead = changed(x, f_s=torch.zeros_like(x.f_s))  # after the ReLU a row may be all zero
-    assert value_and_gradients("cbd", dead)[1]["f_s"].isfinite().all()
+    assert abs(loss_of("bkd", example) - kd) > 0.1  # weights by an image's label would cancel in q
+    dead = replace(
+        example, student_features=torch.zeros_like(example.student_features)
+    )  # after the ReLU a row may be all zero
+    assert value_and_gradients("cbd", dead)[1]["student_features"].isfinite().all()
 
 
 @pytest.mark.parametrize("counts", [[5000, 2997, 50], [1] * 4, [7, 1, 1000000, 30], [12]])
@@ -345,28 +416,33 @@ def test_rectify_features():
 
 
 def test_rectify_logits():
-    x = make_case(12, 200, 6)
-    pi = doubles(x.n) / sum(x.n)
-    expected = [rectified_oracle(z.tolist(), y, pi) for z, y in zip(x.z_t, x.y, strict=True)]
-    rectified = kd_lt.rectify_logits(x.z_t, x.y, x.n)
+    example = make_example(12, 200, 6)
+    pi = doubles(example.class_counts) / sum(example.class_counts)
+    expected = [
+        rectified_oracle(z.tolist(), y, pi)
+        for z, y in zip(example.teacher_logits, example.targets, strict=True)
+    ]
+    rectified = kd_lt.rectify_logits(example.teacher_logits, example.targets, example.class_counts)
     assert_close(rectified, doubles(expected))
-    assert torch.equal(rectified.argmax(1), x.y)
-    assert 0 < ((x.z_t - pi.log()).argmax(1) == x.y).sum() < 200  # there nothing changes places
+    assert torch.equal(rectified.argmax(1), example.targets)
+    assert (
+        0 < ((example.teacher_logits - pi.log()).argmax(1) == example.targets).sum() < 200
+    )  # there nothing changes places
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_huge_logits_and_counts_stay_finite(name):
     for counts in ([10**15, 1000, 10, 1, 1], [1, 1, 10, 1000, 1e30], [1] * 5):
-        x = make_case(13, counts=counts)
-        x = changed(
-            x,
-            z_s=1e4 * x.z_s.float().sign(),
-            z_t=1e4 * x.z_t.float().sign(),
-            f_s=x.f_s.float(),
-            f_t=[f.float() for f in x.f_t],
-            r=x.r.float(),
+        example = make_example(13, counts=counts)
+        example = replace(
+            example,
+            student_logits=1e4 * example.student_logits.float().sign(),
+            teacher_logits=1e4 * example.teacher_logits.float().sign(),
+            student_features=example.student_features.float(),
+            teacher_features=[f.float() for f in example.teacher_features],
+            rectified_features=example.rectified_features.float(),
         )
-        value, gradients = value_and_gradients(name, x)
+        value, gradients = value_and_gradients(name, example)
         assert value.dtype == torch.float32 and value.shape == () and value.isfinite()
         assert all(gradient.isfinite().all() for gradient in gradients.values())
 
@@ -438,14 +514,17 @@ def test_bad_arguments(function, argument):
 @pytest.mark.parametrize("name", OURS)
 def test_half_precision_is_computed_in_float32(name, dtype):
     """The value of the same numbers in float32; the gradient in the logits' own dtype."""
-    x = make_case(21)
-    x.f_s[0] = 0  # a row of features may be all zero after the ReLU
-    half = {key: getattr(x, key).to(dtype) for key in ("z_s", "z_t", "f_s", "r")}
-    half["f_t"] = [f.to(dtype) for f in x.f_t]
-    single = {key: v.float() for key, v in half.items() if key != "f_t"}
-    single["f_t"] = [f.float() for f in half["f_t"]]
-    value, gradients = value_and_gradients(name, changed(x, **half))
-    expected, exact = value_and_gradients(name, changed(x, **single))
+    example = make_example(21)
+    example.student_features[0] = 0  # a row of features may be all zero after the ReLU
+    half = {
+        key: getattr(example, key).to(dtype)
+        for key in ("student_logits", "teacher_logits", "student_features", "rectified_features")
+    }
+    half["teacher_features"] = [f.to(dtype) for f in example.teacher_features]
+    single = {key: v.float() for key, v in half.items() if key != "teacher_features"}
+    single["teacher_features"] = [f.float() for f in half["teacher_features"]]
+    value, gradients = value_and_gradients(name, replace(example, **half))
+    expected, exact = value_and_gradients(name, replace(example, **single))
     assert value.dtype == torch.float32 and value.isfinite()
     assert_close(value, expected)
     for key, gradient in gradients.items():
@@ -456,26 +535,33 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 @pytest.mark.parametrize("name", ["kd", "bkd", "dive", "krdistill"])
 @pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min], ids=str)
 def test_a_class_that_the_teacher_rules_out_adds_nothing(name, mask):
-    x = changed(make_case(22), y=torch.zeros(4, dtype=torch.int64))
-    x.z_t[:, 4] = mask
-    value, gradients = value_and_gradients(name, x)
-    x.z_t[:, 4] = -1e6  # a probability of 0, too
-    assert_close(value, loss_of(name, x))
-    assert gradients["z_s"].isfinite().all()
+    example = replace(make_example(22), targets=torch.zeros(4, dtype=torch.int64))
+    example.teacher_logits[:, 4] = mask
+    value, gradients = value_and_gradients(name, example)
+    example.teacher_logits[:, 4] = -1e6  # a probability of 0, too
+    assert_close(value, loss_of(name, example))
+    assert gradients["student_logits"].isfinite().all()
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("shape", [(5,), (4, 5, 2, 2)], ids=["one image", "dense"])
 def test_logits_of_another_shape_are_refused(name, shape):
-    x = changed(make_case(23), z_s=torch.zeros(shape), z_t=torch.zeros(shape))
+    example = replace(
+        make_example(23), student_logits=torch.zeros(shape), teacher_logits=torch.zeros(shape)
+    )
     with pytest.raises(ValueError, match="logits"):
-        loss_of(name, x)
+        loss_of(name, example)
 
 
 def test_a_bare_tensor_is_no_list_of_teachers():
-    x = make_case(24)
+    example = make_example(24)
     with pytest.raises(ValueError, match="teacher_features"):
-        kd_lt.cbd_loss(x.z_s, x.f_s, x.f_s, x.y)
+        kd_lt.cbd_loss(
+            example.student_logits,
+            example.student_features,
+            example.student_features,
+            example.targets,
+        )
 
 
 COUNTS = [200, 50, 9, 3, 1]
@@ -496,8 +582,11 @@ COUNTS = [200, 50, 9, 3, 1]
 )
 @pytest.mark.parametrize("name", ["bsce", "bkd", "dive", "krdistill"])
 def test_every_form_of_class_counts_is_the_same_loss(name, counts):
-    x = make_case(25)
-    assert_close(loss_of(name, changed(x, n=counts)), loss_of(name, changed(x, n=COUNTS)))
+    example = make_example(25)
+    assert_close(
+        loss_of(name, replace(example, class_counts=counts)),
+        loss_of(name, replace(example, class_counts=COUNTS)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -506,9 +595,9 @@ def test_every_form_of_class_counts_is_the_same_loss(name, counts):
     ids=["dict", "set", "None", "number", "text", "infinite"],
 )
 def test_class_counts_without_an_order_or_numbers_are_refused(counts):
-    x = make_case(26)
+    example = make_example(26)
     with pytest.raises(ValueError, match="class_counts"):
-        kd_lt.balanced_softmax_loss(x.z_s, x.y, counts)
+        kd_lt.balanced_softmax_loss(example.student_logits, example.targets, counts)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -525,10 +614,16 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("counts", [COUNTS, torch.tensor(COUNTS), doubles(COUNTS)], ids=str)
 @pytest.mark.parametrize("name", ["bsce", "bkd", "dive", "krdistill"])
 def test_no_loss_needs_float64_on_its_device(name, counts):
-    x = make_case(29)
-    tensors = {key: getattr(x, key).float().to("meta") for key in ("z_s", "z_t", "f_s", "r")}
+    example = make_example(29)
+    tensors = {
+        key: getattr(example, key).float().to("meta")
+        for key in ("student_logits", "teacher_logits", "student_features", "rectified_features")
+    }
     with NoFloat64():
-        loss_of(name, changed(x, **tensors, y=x.y.to("meta"), n=counts))
+        loss_of(
+            name,
+            replace(example, **tensors, targets=example.targets.to("meta"), class_counts=counts),
+        )
 
 
 def test_the_highest_temperature_keeps_three_digits():
@@ -667,19 +762,23 @@ class Plain:
         with torch.no_grad():
             t = [teacher(images) for teacher in self.teachers]
         s = self.student(images)
-        x = SimpleNamespace(
-            z_s=s.logits,
-            f_s=self.adapter(s.features),
-            y=y,
-            n=counts,
-            z_t=t and t[0].logits,
-            f_t=[output.features for output in t],
+        example = Example(
+            student_logits=s.logits,
+            teacher_logits=t[0].logits if t else None,
+            student_features=self.adapter(s.features),
+            teacher_features=[output.features for output in t],
+            rectified_features=None,
+            targets=y,
+            class_counts=counts,
         )
         if method == "krdistill":
-            x.r = kd_lt.rectify_features(x.f_t[0], y, self.means, self.prototypes)
+            example.rectified_features = kd_lt.rectify_features(
+                t[0].features, y, self.means, self.prototypes
+            )
             if self.config.teachers[0]["method"] == "bsce":  # such a teacher learned z + log pi
-                x.z_t = x.z_t + (counts / counts.sum()).log().float()
-        return loss_of(method, x, **hyper)
+                log_pi = (counts / counts.sum()).log().float()
+                example.teacher_logits = example.teacher_logits + log_pi
+        return loss_of(method, example, **hyper)
 
 
 @pytest.mark.parametrize(
