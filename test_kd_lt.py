@@ -181,29 +181,35 @@ def value_and_gradients(name, example, function=None, **hyper):
 
 
 def softmax(z, temperature=1.0):
+    """Of a list of logits, in Python floats."""
     exp = [math.exp((v - max(z)) / temperature) for v in z]
     return [v / sum(exp) for v in exp]
 
 
 def kl_oracle(q, z, temperature):
+    """T^2 times the divergence of the softened student from the target q, for one image."""
     p = softmax(z, temperature)
     return temperature**2 * sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
 
 
 def unit(v):
+    """The vector scaled to length 1."""
     return [a / math.hypot(*v) for a in v]
 
 
 def distance(a, b):
+    """The cosine distance of two vectors."""
     return 1 - sum(p * q for p, q in zip(unit(a), unit(b), strict=True))
 
 
 def weights_oracle(counts, beta):
+    """Inverse effective numbers of images, with mean 1."""
     v = [(1 - beta) / (1 - beta**n) for n in counts]
     return [len(v) * v_c / sum(v) for v_c in v]
 
 
 def rectified_oracle(z, y, pi):
+    """The prior taken out, then the true and the largest entry exchanged, for one image."""
     z = [v - math.log(p) for v, p in zip(z, pi, strict=True)]
     top = z.index(max(z))
     z[y], z[top] = z[top], z[y]
@@ -211,6 +217,7 @@ def rectified_oracle(z, y, pi):
 
 
 def oracle(name, example, temperature=2.0, alpha=None, beta=None, gamma=2.0, power=0.5):
+    """The loss of an example given as lists, image by image."""
     alpha = {"cbd": 0.4, "dive": 0.5}.get(name, 1.0) if alpha is None else alpha
     beta = {"cbd": 100.0}.get(name, 0.9999) if beta is None else beta
     pi, losses = [n / sum(example.class_counts) for n in example.class_counts], []
@@ -687,6 +694,7 @@ MEAN_RGB, STD_RGB = (torch.tensor(values)[:, None, None] for values in (data.MEA
 
 
 def made_up(per_class, imb, stride=1):
+    """A small long-tailed data set of made-up images; a stride makes them smaller."""
     images, targets, *test = data.synthetic(10, per_class, 2)
     counts = data.class_counts(10, per_class, imb)
     rows = data.long_tail_indices(targets, counts)
@@ -696,7 +704,8 @@ def made_up(per_class, imb, stride=1):
 
 @pytest.fixture(scope="module")
 def small():
-    return made_up(20, 10, 2)  # 78 images of 16x16, three batches
+    """78 images of 16x16, three batches of 32."""
+    return made_up(20, 10, 2)
 
 
 def make_trainer(dataset, method, *flags, device="cpu", precision="fp32"):
@@ -983,6 +992,7 @@ def test_frozen_teachers_say_what_autocast_would(small):
 
 
 def changed_by_steps(trainer):  # not by the trainer's own list, which may lack some
+    """What a step changes, by name."""
     optimizer = trainer.optimizer.state_dict()["state"]
     return {
         "momentum": [state["momentum_buffer"] for state in optimizer.values()],
@@ -1153,33 +1163,43 @@ def test_a_loss_with_item_trains_without_a_graph_on_cuda(small, monkeypatch, cap
 
 # ---- which images: the published subsets
 
-# Of imbalance 10, 50, 100, 200: how many, and the SHA-256 of the positions within their class.
+# How many images, and the start of the SHA-256 of their positions within their class.
 PUBLISHED = [
-    "cifar10  exp  20431 2b3a8656bec5 13996 7bb90363b243 12406 8a54f5b6fa97 11203 334c2d61143b",
-    "cifar10  step 27500 972d9eb4a700 25500 550772f4f988 25250 9f6141e4cf23 25125 54d23dbdbd71",
-    "cifar100 exp  19573 5906ba7310b9 12608 1bc82de2629e 10847 f123ec136d44 9502 36f76462dfbb",
-    "cifar100 step 27500 d973f460f760 25500 fd9f9dea430a 25250 5fab75890a63 25100 0e093498e9d9",
+    ("cifar10", "exp", 10, 20_431, "2b3a8656bec5"),
+    ("cifar10", "exp", 50, 13_996, "7bb90363b243"),
+    ("cifar10", "exp", 100, 12_406, "8a54f5b6fa97"),
+    ("cifar10", "exp", 200, 11_203, "334c2d61143b"),
+    ("cifar10", "step", 10, 27_500, "972d9eb4a700"),
+    ("cifar10", "step", 50, 25_500, "550772f4f988"),
+    ("cifar10", "step", 100, 25_250, "9f6141e4cf23"),
+    ("cifar10", "step", 200, 25_125, "54d23dbdbd71"),
+    ("cifar100", "exp", 10, 19_573, "5906ba7310b9"),
+    ("cifar100", "exp", 50, 12_608, "1bc82de2629e"),
+    ("cifar100", "exp", 100, 10_847, "f123ec136d44"),
+    ("cifar100", "exp", 200, 9_502, "36f76462dfbb"),
+    ("cifar100", "step", 10, 27_500, "d973f460f760"),
+    ("cifar100", "step", 50, 25_500, "fd9f9dea430a"),
+    ("cifar100", "step", 100, 25_250, "5fab75890a63"),
+    ("cifar100", "step", 200, 25_100, "0e093498e9d9"),
 ]
 SHAPE = {"cifar10": (10, 5000), "cifar100": (100, 500)}
 REAL = Path(os.environ.get("KD_LT_DATA", "data"))
 
 
-@pytest.mark.parametrize("row", PUBLISHED)
-def test_published_selection(row):
-    # A shuffle depends on nothing but the size of a class: labels in any order show the same.
-    name, kind, *columns = row.split()
+@pytest.mark.parametrize("name, kind, imb, total, sha256", PUBLISHED)
+def test_published_selection(name, kind, imb, total, sha256):
+    """A shuffle depends on nothing but the size of a class: labels in any order show the same."""
     classes, most = SHAPE[name]
     targets = np.random.RandomState(5).permutation(np.arange(50000) % classes)
     positions = np.empty(50000, np.int64)
     for c in range(classes):
         positions[targets == c] = np.arange(most)
-    for imb, total, sha256 in zip((10, 50, 100, 200), columns[::2], columns[1::2], strict=True):
-        counts = data.class_counts(classes, most, imb, kind)
-        rows = data.long_tail_indices(targets, counts)
-        assert rows.dtype == torch.int64 and len(rows) == sum(counts) == int(total)
-        assert (targets[rows] == np.repeat(np.arange(classes), counts)).all()
-        digest = hashlib.sha256(positions[rows].astype("<i8").tobytes()).hexdigest()
-        assert digest.startswith(sha256)
+    counts = data.class_counts(classes, most, imb, kind)
+    rows = data.long_tail_indices(targets, counts)
+    assert rows.dtype == torch.int64 and len(rows) == sum(counts) == total
+    assert (targets[rows] == np.repeat(np.arange(classes), counts)).all()
+    digest = hashlib.sha256(positions[rows].astype("<i8").tobytes()).hexdigest()
+    assert digest.startswith(sha256)
 
 
 @pytest.mark.parametrize(
@@ -1224,10 +1244,12 @@ def test_synthetic():
 
 
 def global_generators():
+    """The states of Python's, NumPy's and torch's global generators."""
     return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
 
 def random_images(count, seed=0, size=(32, 32)):
+    """uint8 noise."""
     return torch.randint(256, (count, 3, *size), generator=generator(seed)).to(torch.uint8)
 
 
@@ -1514,6 +1536,7 @@ def serve(monkeypatch, tmp_path_factory):
 
 
 def packed(files):
+    """A gzipped archive of the files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, raw in files.items():
@@ -1524,12 +1547,14 @@ def packed(files):
 
 
 def put(files, root):
+    """Write the files below root."""
     for name, raw in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(raw)
 
 
 def files(folder):
+    """The content of each file below the folder, but of the lock."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in Path(folder).rglob("*")
@@ -1578,6 +1603,8 @@ def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch
 
 
 class Bomb:
+    """Fails the test when somebody unpickles it."""
+
     def __reduce__(self):
         return pytest.fail, ("bytes that nobody checked were unpickled",)
 
@@ -1656,6 +1683,7 @@ def tiny(tmp_path_factory):
 
 
 def flags(npz, runs, text):
+    """A command of a second or two; the last of a repeated flag wins."""
     fixed = ["--smoke", "--device", "cpu", "--precision", "fp32", "--runs-dir", str(runs)]
     fixed += ["--dataset", str(npz), "--imb", "1", "--batch-size", "4", "--epochs", "2"]
     return fixed + shlex.split(text)  # the last of a repeated flag wins
@@ -1699,6 +1727,7 @@ def outcome(runs):
 
 
 def config_of(text, digest="0" * 16):
+    """The Config of a command line."""
     args = kd_lt.parse_flags(shlex.split(text))
     return kd_lt.make_config(args, data.Dataset("", *[None] * 4, [], digest), "bf16")
 
@@ -1710,6 +1739,7 @@ SHELL = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)).replace
 
 @pytest.fixture(scope="module")
 def readme_folder(tmp_path_factory):
+    """A folder in which the README's commands find what they speak of."""
     folder = tmp_path_factory.mktemp("readme")
     make_npz(folder / "mine.npz", [10, 10, 10, 10])
     finish(flags(folder / "mine.npz", folder / "runs" / "smoke", "--method ce"))
@@ -1856,44 +1886,48 @@ def test_groups_are_by_training_count_and_absent_when_empty():
 
 # ---- flags reach what they are for; table and plot
 
-ACTS = [
-    (method, text.split())
-    for method, text in [  # a flag and the settings that it changes
-        ("ce", "--lr 0.05 lr"),
-        ("ce", "--weight-decay 0.01 weight_decay"),
-        ("ce", "--seed 5 seed"),
-        ("ce", "--batch-size 3 batch_size"),
-        ("ce", "--epochs 3 epochs"),
-        ("ce", "--precision bf16 precision"),
-        ("ce", "--student resnet14 network"),
-        ("ce", "--imb 5 imb data"),
-        ("ce --imb 5", "--imb-type step imb_type data"),
-        ("ce --imb 5", "--subset-seed 1 subset_seed data"),
-        ("cbd", "--num-teachers 2 teachers"),
-        ("kd", "--teacher resnet14 teachers"),
-        ("kd", "--teacher-method bsce teachers"),
-        *(
-            (name, f"--{key.replace('_', '-')} 0.6 hyper {key}")
-            for name, method in kd_lt.METHODS.items()
-            for key in method.hyper
-        ),
-    ]
+ACTS = [  # other flags, a flag and its value, and the settings that it changes
+    ("--method ce", "--lr", "0.05", {"lr"}),
+    ("--method ce", "--weight-decay", "0.01", {"weight_decay"}),
+    ("--method ce", "--seed", "5", {"seed"}),
+    ("--method ce", "--batch-size", "3", {"batch_size"}),
+    ("--method ce", "--epochs", "3", {"epochs"}),
+    ("--method ce", "--precision", "bf16", {"precision"}),
+    ("--method ce", "--student", "resnet14", {"network"}),
+    ("--method ce", "--imb", "5", {"imb", "data"}),
+    ("--method ce --imb 5", "--imb-type", "step", {"imb_type", "data"}),
+    ("--method ce --imb 5", "--subset-seed", "1", {"subset_seed", "data"}),
+    ("--method cbd", "--num-teachers", "2", {"teachers"}),
+    ("--method kd", "--teacher", "resnet14", {"teachers"}),
+    ("--method kd", "--teacher-method", "bsce", {"teachers"}),
 ]
 
 
-@pytest.mark.parametrize("method, words", ACTS, ids=str)
-def test_every_flag_acts_and_leaves_the_rest(tiny, method, words):
-    flag, value, changed, *more = words
-    texts = f"--method {method}", f"--method {method} {flag} {value}"  # the first: made once
+@pytest.mark.parametrize("others, flag, value, settings", ACTS)
+def test_every_flag_acts_and_leaves_the_rest(tiny, others, flag, value, settings):
+    a, b = settings_with_and_without(tiny, others, flag, value)
+    assert {key for key in a if a[key] != b[key]} == settings
+    first = b[next(key for key in b if key in settings - {"data"})]
+    assert value in str(first) or len(first) == int(value)
+
+
+HYPERPARAMETERS = [(name, key) for name in kd_lt.METHODS for key in kd_lt.METHODS[name].hyper]
+
+
+@pytest.mark.parametrize("method, key", HYPERPARAMETERS)
+def test_every_hyperparameter_acts_and_leaves_the_rest(tiny, method, key):
+    flag = "--" + key.replace("_", "-")
+    a, b = settings_with_and_without(tiny, f"--method {method}", flag, "0.6")
+    assert b == a | {"hyper": a["hyper"] | {key: 0.6}}
+
+
+def settings_with_and_without(tiny, others, flag, value):
+    """The recorded settings of a run without the flag and of one with it, whose losses differ."""
+    texts = others, f"{others} {flag} {value}"  # the first: made once
     folders = [finish(flags(tiny, tiny.parent, text))[0] for text in texts]
     losses = [[row["loss"] for row in log_of(folder)] for folder in folders]
-    a, b = (json.loads((folder / "config.json").read_text())["settings"] for folder in folders)
     assert losses[0] != losses[1]
-    if changed == "hyper":
-        assert b == a | {"hyper": a["hyper"] | {more[0]: float(value)}}
-    else:
-        assert {key for key in a if a[key] != b[key]} == {changed, *more}
-        assert value in str(b[changed]) or len(b[changed]) == int(value)
+    return [json.loads((folder / "config.json").read_text())["settings"] for folder in folders]
 
 
 def test_defaults_of_teachers_and_of_cifar_10():
@@ -1963,6 +1997,7 @@ def test_epochs_between_tests(tiny, tmp_path, monkeypatch, device, epochs):
 
 
 def stored(folder, text, top1, **teachers):
+    """Write the result files of a run that was never trained."""
     result = {"settings": asdict(config_of(text)), "version": "2.0.0", "devices": ["a GPU"]}
     result["teachers"] = [
         {"network": "resnet32", "method": m, "top1": t} for m, t in teachers.items()
@@ -2242,6 +2277,7 @@ FORKED.set_forkserver_preload([__name__, "torch._dynamo"])  # the first optimize
 
 
 def child(argv, out, file_limit):
+    """In a process of its own: one command, its output in a file."""
     sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115  ends with the process
     torch.set_num_threads(1)
     if file_limit:
@@ -2252,6 +2288,7 @@ def child(argv, out, file_limit):
 
 
 def start(argv, out, file_limit=None):
+    """Start one command in a process of its own."""
     out.write_text("")
     process = FORKED.Process(target=child, args=(argv, out, file_limit))
     process.start()
@@ -2259,6 +2296,7 @@ def start(argv, out, file_limit=None):
 
 
 def wait_until(met, seconds=60):
+    """Return when the condition is met; fail when it is not in time."""
     end = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < end, "nothing happened"
@@ -2534,61 +2572,88 @@ def test_files_that_are_no_run_are_said_to_be_none(tmp_path, tiny):
 
 # ---- wrong input
 
-RANGES = {  # of each flag: values out of range or unknown, which the message must name
-    "--imb": "0.5 nan inf many 201",
-    "--epochs": "0 1.5",
-    "--batch-size": "0 2.5",
-    "--lr": "0 nan",
-    "--weight-decay": "-1 inf",
-    "--temperature": "0 nan inf",
-    "--alpha": "-1 inf x",
-    "--beta": "-1 1 nan",
-    "--bkd-start": "-0.1 1.1 nan",
-    "--seed": "-1 1.5 99999999999",
-    "--subset-seed": "-1 0.5 4294967296",
-    "--eval-every": "0 1.5",
-    "--method": "no-such-method",
-    "--imb-type": "linear",
-    "--student": "resnet18",
-    "--teacher": "vgg8",
-    "--teacher-method": "kd",
-    "--device": "tpu",
-    "--precision": "fp64",
-    "--nonsense": "1",
-    "--epoch": "1",
-    "--temp": "2",
-}
-IGNORED = {  # by the method, or out of its own range
-    "ce": "--alpha 1, --bkd-start 0, --teacher resnet8, --teacher-method ce, --num-teachers 1, "
-    "--teacher-checkpoint x, --imb-type step --imb 1, --subset-seed 1 --imb 1",
-    "kd": "--beta 0.9, --num-teachers 2, --teacher-checkpoint a b, --teacher-checkpoint, "
-    "--teacher resnet8 --teacher-checkpoint x",
-    "bkd": "--gamma 1, --beta 1",
-    "dive": "--bkd-start 0.5, --alpha 1.5, --power -1, --power inf",
-    "cbd": "--temperature 2, --num-teachers 0, --alpha 1.5",
-    "krdistill": "--beta 1, --gamma -1",
-}
-BAD = [(f"{flag} {value}", flag) for flag, text in RANGES.items() for value in text.split()]
-BAD += [
-    (f"--method {method} {one}", one.split()[0])
-    for method, text in IGNORED.items()
-    for one in text.split(", ")
-]
-BAD += [
-    (f"{text} {named}", named)
-    for text, named in [
-        ("--dataset", "mnist"),
-        ("--dataset", "absent.npz"),
-        ("--table", "absent"),
-        ("--plot", "x.txt"),
-        ("--table", "--seed 1"),
-        ("--plot x.png", "--seed 1"),
-        ("", "unexpected"),
-    ]
+BAD = [  # a wrong command line, and what the message must name
+    # out of range, or unknown
+    ("--imb 0.5", "--imb"),
+    ("--imb nan", "--imb"),
+    ("--imb inf", "--imb"),
+    ("--imb many", "--imb"),
+    ("--imb 201", "--imb"),
+    ("--epochs 0", "--epochs"),
+    ("--epochs 1.5", "--epochs"),
+    ("--batch-size 0", "--batch-size"),
+    ("--batch-size 2.5", "--batch-size"),
+    ("--lr 0", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--weight-decay -1", "--weight-decay"),
+    ("--weight-decay inf", "--weight-decay"),
+    ("--temperature 0", "--temperature"),
+    ("--temperature nan", "--temperature"),
+    ("--temperature inf", "--temperature"),
+    ("--alpha -1", "--alpha"),
+    ("--alpha inf", "--alpha"),
+    ("--alpha x", "--alpha"),
+    ("--beta -1", "--beta"),
+    ("--beta 1", "--beta"),
+    ("--beta nan", "--beta"),
+    ("--bkd-start -0.1", "--bkd-start"),
+    ("--bkd-start 1.1", "--bkd-start"),
+    ("--bkd-start nan", "--bkd-start"),
+    ("--seed -1", "--seed"),
+    ("--seed 1.5", "--seed"),
+    ("--seed 99999999999", "--seed"),
+    ("--subset-seed -1", "--subset-seed"),
+    ("--subset-seed 0.5", "--subset-seed"),
+    ("--subset-seed 4294967296", "--subset-seed"),
+    ("--eval-every 0", "--eval-every"),
+    ("--eval-every 1.5", "--eval-every"),
+    ("--method no-such-method", "--method"),
+    ("--imb-type linear", "--imb-type"),
+    ("--student resnet18", "--student"),
+    ("--teacher vgg8", "--teacher"),
+    ("--teacher-method kd", "--teacher-method"),
+    ("--device tpu", "--device"),
+    ("--precision fp64", "--precision"),
+    ("--nonsense 1", "--nonsense"),
+    ("--epoch 1", "--epoch"),
+    ("--temp 2", "--temp"),
+    # ignored by the method, or out of its own range
+    ("--method ce --alpha 1", "--alpha"),
+    ("--method ce --bkd-start 0", "--bkd-start"),
+    ("--method ce --teacher resnet8", "--teacher"),
+    ("--method ce --teacher-method ce", "--teacher-method"),
+    ("--method ce --num-teachers 1", "--num-teachers"),
+    ("--method ce --teacher-checkpoint x", "--teacher-checkpoint"),
+    ("--method ce --imb-type step --imb 1", "--imb-type"),
+    ("--method ce --subset-seed 1 --imb 1", "--subset-seed"),
+    ("--method kd --beta 0.9", "--beta"),
+    ("--method kd --num-teachers 2", "--num-teachers"),
+    ("--method kd --teacher-checkpoint a b", "--teacher-checkpoint"),
+    ("--method kd --teacher-checkpoint", "--teacher-checkpoint"),
+    ("--method kd --teacher resnet8 --teacher-checkpoint x", "--teacher"),
+    ("--method bkd --gamma 1", "--gamma"),
+    ("--method bkd --beta 1", "--beta"),
+    ("--method dive --bkd-start 0.5", "--bkd-start"),
+    ("--method dive --alpha 1.5", "--alpha"),
+    ("--method dive --power -1", "--power"),
+    ("--method dive --power inf", "--power"),
+    ("--method cbd --temperature 2", "--temperature"),
+    ("--method cbd --num-teachers 0", "--num-teachers"),
+    ("--method cbd --alpha 1.5", "--alpha"),
+    ("--method krdistill --beta 1", "--beta"),
+    ("--method krdistill --gamma -1", "--gamma"),
+    # files, reports, and words that are no flags
+    ("--dataset mnist", "mnist"),
+    ("--dataset absent.npz", "absent.npz"),
+    ("--table absent", "absent"),
+    ("--plot x.txt", "x.txt"),
+    ("--table --seed 1", "--seed"),
+    ("--plot x.png --seed 1", "--seed"),
+    (" unexpected", "unexpected"),
 ]
 
 
-@pytest.mark.parametrize("text, named", BAD)
+@pytest.mark.parametrize("text, named", BAD, ids=[text for text, _ in BAD])
 def test_bad_flag(tmp_path, monkeypatch, text, named):
     monkeypatch.chdir(tmp_path)
     refused(["--smoke", "--runs-dir", "runs", *text.split()], named.split()[0])
