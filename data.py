@@ -115,8 +115,11 @@ def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor
     """
     folder, sha256 = Path(root, CIFAR_FOLDERS[name]), CIFAR_SHA256[name]
     missing = [file for file in sha256 if not os.path.lexists(folder / file)]
+    if missing and Path(root, missing[0]).is_file():
+        raise InputError(f"--data-dir {root}: name the folder above it, which holds {folder.name}")
     if missing:
         _download_cifar(name, folder, missing)
+
     images, targets = [], []
     for file in [file for file in sha256 if ("test" in file) != train]:
         try:
@@ -192,6 +195,7 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             f"{path}: x_test has images of {test_size}x{test_size} pixels, x_train of "
             f"{train_size}x{train_size}: all must have one size"
         )
+
     classes = set(result[1].tolist())
     for c in range(max(len(classes), 2)):
         if c not in classes:
@@ -266,17 +270,20 @@ def load_dataset(
     A .npz file with `imb` 1 stays as it is: own class counts, own order. Raises InputError.
     """
     own_file = str(name).endswith(".npz")
+
     if name in CIFAR_ARCHIVES:
         images, targets, *test = *load_cifar(name, root, True), *load_cifar(name, root, False)
     elif own_file or name == "synthetic":
         images, targets, *test = load_npz(name) if own_file else synthetic()
     else:
         raise InputError(f"--dataset must be cifar10, cifar100, synthetic or a .npz, not {name!r}")
+
     counts = available = targets.bincount().tolist()
     if imb != 1 or not own_file:
         counts = class_counts(len(available), max(available), imb, imb_type)
         rows = long_tail_indices(targets, counts, subset_seed)
         images, targets = images[rows], targets[rows]
+
     sha256 = hashlib.sha256()
     for tensor in (images, targets, *test):
         sha256.update(f"{tuple(tensor.shape)}".encode())

@@ -940,10 +940,11 @@ def print_progress(done: int, total: int, batch_size: int, began: float) -> None
 def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
     """The epoch's line under the heading of train; "-" where nothing was tested."""
     erase = "\r\033[K" if sys.stdout is not None and sys.stdout.isatty() else ""
-    scores = [spread([row.get(key)]) for key in ("train_top1", "top1", *GROUPS)]
+    scores = [row.get(key) for key in ("train_top1", "top1", *GROUPS)]
+    cells = ["-" if score is None else f"{score:.2f}" for score in scores]
     print(
         f"{erase}{row['epoch']:>5}/{epochs:<3}{row['lr']:>8g}{row['loss']:>9.4f}"
-        + "".join(f"{score:>9}" for score in scores)
+        + "".join(f"{cell:>9}" for cell in cells)
         + f"{row['images_per_second']:>8}{duration(seconds_left):>8}",
         flush=True,
     )
@@ -1135,9 +1136,9 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
         config = Config(**content["settings"])
-        METHODS[config.method], NETWORKS[config.network]  # a KeyError where one is unknown here
-        for key in needed:
-            content[key]
+        is_ours = config.method in METHODS and config.network in NETWORKS
+        if not is_ours or not content.keys() >= set(needed):
+            raise KeyError("a method, a network or a key that this version does not know")
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; the run is not finished, is no run, or was kept without weights"

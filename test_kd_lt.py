@@ -1578,6 +1578,13 @@ def test_download_adds_what_is_missing_only(mini, tmp_path, serve, capsys):
     assert data.load_cifar("cifar10", root, train=False)[1].tolist() == [5, 9]
 
 
+def test_a_data_folder_one_level_too_deep_downloads_nothing(mini, tmp_path):
+    put(mini, tmp_path)
+    with pytest.raises(InputError, match=f"{FOLDER}: name the folder above it"):
+        data.load_cifar("cifar10", tmp_path / FOLDER, train=True)
+    assert files(tmp_path) == mini
+
+
 def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch):
     put(mini, tmp_path)
     loads = pickle.loads
