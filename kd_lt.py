@@ -1446,22 +1446,24 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
     """{(heading, digest of the images): {row name: results}} of the runs in the folders.
 
     A folder is a run's own, or one that holds runs. A damaged run, and a folder without a finished
-    one, are named on stderr and left out. Raises InputError where nothing is left.
+    one, are left out, and named on stderr. Raises InputError where nothing is left.
     """
-    runs = {}
+    runs, left_out = {}, []
     for folder in map(Path, folders):
         paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
-            print(f"kd_lt.py: left out: {folder}: no finished run there", file=sys.stderr)
+            left_out.append(f"{folder}: no finished run there")
         for path in paths:
             try:
                 result = read(path, RESULT)
             except InputError as error:
-                print(f"kd_lt.py: left out: {error}", file=sys.stderr)
+                left_out.append(str(error))
                 continue
             runs[run_name(result["config"])] = result  # a run in two folders counts once
     if not runs:
-        raise InputError(f"{', '.join(map(str, folders))}: no finished run there")
+        raise InputError("\n".join(left_out))
+    for reason in left_out:
+        print(f"kd_lt.py: left out: {reason}", file=sys.stderr)
 
     order = list(METHODS)
     settings = {}
@@ -1499,7 +1501,10 @@ def print_rows(rows: dict[str, list[dict]]) -> None:
     parts = classes_in_parts(class_counts, 10)
     width = max(len("training images"), *map(len, rows))
     images = "".join(f"{sum(class_counts[c] for c in part):6}" for part in parts)
-    print(f"\nFrom head to tail, the classes in {len(parts)} parts:\n\n```")
+    print(
+        f"\nFrom head to tail, the classes in {len(parts)} parts: the training images of each, and "
+        "the mean accuracy of its classes:\n\n```"
+    )
     print(f"{'training images':<{width}}{images}")
     for name, results in rows.items():
         accuracies = [mean(r["per_class"][c] for r in results for c in part) for part in parts]
