@@ -850,6 +850,15 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(small, loss):
         kd_lt.check_finite(trainer, {"epoch": 1, "loss": loss}, Path("run"))
 
 
+@pytest.mark.parametrize("part", ["student", "adapter"])
+def test_weights_that_are_not_finite_are_a_failed_run(small, part):
+    trainer = make_trainer(small, "krdistill")
+    with torch.no_grad():
+        next(getattr(trainer, part).parameters()).view(-1)[0] = math.nan
+    with pytest.raises(kd_lt.DivergedError, match="weights that are not finite"):
+        kd_lt.check_finite(trainer, {"epoch": 1, "loss": 1.0}, Path("run"))
+
+
 def seconds_a_step(epoch, steps, device):
     """The median over five calls of epoch(), after one that is not counted."""
     times = []
