@@ -138,7 +138,7 @@ def kd_loss(
 
         L = CE(z, y) + alpha T^2 KL(p || softmax(z / T)),    p = softmax(z_teacher / T)
 
-    A label of -100 is ignored by CE alone, here and in all losses: the KL needs no label.
+    CE skips images that are labelled -100; the KL, which needs no label, still counts them.
 
     student_logits    z, (B, C) float
     teacher_logits    z_teacher, (B, C) float; receives no gradient
@@ -325,7 +325,8 @@ def balanced_prototypes(class_means: Tensor) -> Tensor:
     A long-tailed teacher spends long directions on head classes and short ones on the tail. S
     holds those lengths: dropping S makes all directions equally long, and keeps the classes as
     near to the teacher's own arrangement as that allows. For D >= C - 1 every two prototypes have
-    the cosine -1 / (C - 1), a simplex equiangular tight frame; for smaller D it is a tight frame.
+    the cosine -1 / (C - 1), a simplex equiangular tight frame. For smaller D the directions are
+    equally long before the rows are scaled, and only about so afterwards.
 
     class_means       m, (C, D) float, C >= 2
     Returns (C, D), on the device of class_means, in float32 or float64. Raises ValueError for
@@ -463,7 +464,7 @@ class Method:
 
     about: str  # one sentence, for --help
     hyper: dict[str, float] = field(default_factory=dict)  # its hyperparameters and their defaults
-    highest: dict[str, float] = field(default_factory=dict)  # their upper limits, where they differ
+    highest: dict[str, float] = field(default_factory=dict)  # upper limits, of those that have one
     teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher, or "cosine"
@@ -610,7 +611,7 @@ class Trainer:
             if isinstance(module, nn.Conv2d) and config.precision == "bf16":
                 module.bfloat16()
 
-        # The layout in memory: channels_last, but for float32 on a GPU, where users reported that
+        # The layout in memory: channels_last, except in float32 on a GPU, where users reported that
         # it is slower (pytorch issue 44943).
         contiguous = device.type == "cuda" and config.precision == "fp32"
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
@@ -815,7 +816,7 @@ class Trainer:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            while error.__context__ is not None:  # ending a failed recording fails once more
+            while error.__context__ is not None:  # the first error holds the reason
                 error = error.__context__
             reason = str(error).split("\n")[0]
             raise CaptureError(
@@ -1302,7 +1303,7 @@ def given_teacher(path: str, config: Config) -> dict:
     problem = ""
     if teacher.data != config.data:
         problem = f"its data is {teacher.data}, not {config.data}"
-        # The last of these that differs says best why the images do.
+        # Name the broadest setting that differs: a later one overwrites an earlier.
         for key in ("subset_seed", "imb_type", "imb", "dataset"):
             if getattr(teacher, key) != getattr(config, key):
                 problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
@@ -1327,7 +1328,7 @@ def given_teacher(path: str, config: Config) -> dict:
 def run(
     config: Config, data: Dataset, args: argparse.Namespace, device: torch.device, role="student"
 ) -> Path:
-    """The folder of a finished run. Without a result yet, its teachers and it are trained.
+    """The folder of a finished run. If it has no result.json, train its teachers, then it.
 
     Of args it needs runs_dir, teacher_checkpoint, eval_every, eager and command. Raises InputError,
     DivergedError, CaptureError and, for a student, FolderBusyError; a teacher is waited for.
@@ -1784,12 +1785,13 @@ def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.
     if args.teacher_checkpoint:
         for key in ("teacher", "teacher_method", "num_teachers"):
             because.setdefault(key, "beside --teacher-checkpoint")
-    if args.imb == 1:
-        because["imb_type"] = because["subset_seed"] = "with --imb 1"
+    whole_file = args.imb is None and args.dataset.endswith(".npz")
+    if args.imb == 1 or whole_file:
+        because["imb_type"] = because["subset_seed"] = "with --imb 1 (the default of a .npz)"
     if args.plot or args.table is not None:
         report = "--plot" if args.plot else "--table"
         because = dict.fromkeys(vars(args).keys() - {"runs_dir", "table", "plot"}, f"with {report}")
-        because.pop("smoke")  # it says where the runs are
+        because.pop("smoke")  # it changes the default of --runs-dir
 
     for key, reason in because.items():
         if getattr(args, key) != parser.get_default(key):
@@ -1846,7 +1848,7 @@ def make_config(args: argparse.Namespace, data: Dataset, precision: str) -> Conf
             "network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
             "method": args.teacher_method or method.teacher,
             "head": method.head,
-            "seed": args.seed + 1000 * (k + 1),  # with the student's it would start as the student
+            "seed": args.seed + 1000 * (k + 1),  # the student's seed would give the same start
             "colour": k >= total - total // 2,  # the second half
         }
         for k in range(total)

@@ -2639,6 +2639,8 @@ BAD = [  # a wrong command line, and what the message must name
     ("--method ce --teacher-checkpoint x", "--teacher-checkpoint"),
     ("--method ce --imb-type step --imb 1", "--imb-type"),
     ("--method ce --subset-seed 1 --imb 1", "--subset-seed"),
+    ("--method ce --dataset mine.npz --imb-type step", "--imb-type"),
+    ("--method ce --dataset mine.npz --subset-seed 1", "--subset-seed"),
     ("--method kd --beta 0.9", "--beta"),
     ("--method kd --num-teachers 2", "--num-teachers"),
     ("--method kd --teacher-checkpoint a b", "--teacher-checkpoint"),
