@@ -27,6 +27,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -47,9 +48,9 @@ VERSION = "3.0.0"
 # | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
 # | at least. No gradient reaches a teacher.                                                     |
 # |                                                                                              |
-# | To copy a loss, copy Counts and the three helpers below with it (cbd_loss needs              |
-# | at_least_float32 alone), and for bkd_loss effective_number_weights, for dive_loss and        |
-# | krdistill_loss balanced_softmax_loss. Imports: math, Sequence, torch, F and Tensor.          |
+# | To copy a loss, copy Counts and the three helpers below with it. Besides them bkd_loss needs |
+# | effective_number_weights; dive_loss and krdistill_loss need balanced_softmax_loss. cbd_loss  |
+# | needs at_least_float32 alone. Imports: math, Sequence, torch, F and Tensor.                  |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
 # | divergence from a target. Each shows the logits of its target in one line.                   |
@@ -162,8 +163,8 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     cancels in w. expm1 stays exact where beta^n_c is near 1.
 
     class_counts      n, (C,), each at least 1
-    Returns (C,) of mean 1, in float32, or in the dtype of class_counts if that is a float tensor.
-    Raises ValueError for class_counts of another shape and a beta outside [0, 1).
+    Returns (C,) of mean 1, in float32, or in the dtype of class_counts if that is a tensor or an
+    array of floats. Raises ValueError for class_counts of another shape and a beta outside [0, 1).
     """
     counts = torch.as_tensor(class_counts)
     if counts.ndim != 1:
@@ -192,9 +193,10 @@ def bkd_loss(
         L   = CE(z, y) + alpha T^2 KL(q || softmax(z / T))
         q_c = w_c p_c / sum_j w_j p_j,    p = softmax(z_teacher / T)
 
-    w is effective_number_weights: one weight for each class of the target. A weight for each
-    image, by its label, would cancel in q and leave plain KD. Adding T log w to the logits is the
-    same as weighting the probabilities. Follows the paper's released code.
+    w is effective_number_weights: one weight for each class of the target. If each image had one
+    weight, that of its label, all its q_c would grow alike: it would cancel and leave plain KD.
+    Adding T log w to the logits is the same as weighting the probabilities. Follows the paper's
+    released code.
 
     student_logits    z, (B, C) float
     teacher_logits    z_teacher, (B, C) float; receives no gradient
@@ -454,7 +456,7 @@ def krdistill_loss(
 # |                                                                                              |
 # | A new method is a loss in section 1, an entry in METHODS, a case in Trainer.loss, and a flag |
 # | in parse_flags for each hyperparameter that has none yet. The names in hyper are those of    |
-# | the loss's arguments.                                                                        |
+# | the loss's arguments (but for bkd_start, which start_epoch reads).                           |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -588,7 +590,8 @@ class Trainer:
 
         # The student, and krdistill's map from its features to the teacher's. The weights are
         # drawn on the CPU, so that a seed starts alike on every device.
-        student_width = NETWORKS[config.network][2][-1]
+        _, _, widths, _ = NETWORKS[config.network]  # the channels of each stage
+        student_width = widths[-1]
         teacher_width = sum(teacher.num_features for teacher in teachers)
         self.network = {
             "name": config.network,
@@ -630,7 +633,8 @@ class Trainer:
         for parameter, buffer in zip(parameters, self.momentum, strict=True):
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
-        # The batches, and what the losses need of the data. BKD acts through counts of its own.
+        # The batches, and what the losses need of the data. bkd_counts are all equal until
+        # BKD starts, see start_epoch.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.batches = Batches(
             data.train_images,
@@ -827,11 +831,11 @@ class Trainer:
 
 
 def last_line_outside_torch(error: BaseException) -> str:
-    """The file and line where an error left the program for torch's own files."""
-    place = error.__traceback__
-    while place.tb_next and torch.__path__[0] not in place.tb_next.tb_frame.f_code.co_filename:
-        place = place.tb_next
-    return f"{place.tb_frame.f_code.co_filename}, line {place.tb_lineno}"
+    """The file and line that raised an error, or that called torch, where torch raised it."""
+    own_torch = str(Path(torch.__file__).parent) + os.sep
+    lines = traceback.extract_tb(error.__traceback__)
+    last = [line for line in lines if not line.filename.startswith(own_torch)][-1]
+    return f"{last.filename}, line {last.lineno}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -1139,7 +1143,7 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
         config = Config(**content["settings"])
         is_ours = config.method in METHODS and config.network in NETWORKS
         if not is_ours or not content.keys() >= set(needed):
-            raise KeyError("a method, a network or a key that this version does not know")
+            raise KeyError  # told as unreadable, below
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; the run is not finished, is no run, or was kept without weights"
@@ -1266,11 +1270,14 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
             raise unreadable(folder / "last.pt") from None
 
-        begun_by = json.loads((folder / "config.json").read_text()).get("version", "1.0.0")
         progress.epochs = content["epoch"]
         progress.seconds = content["seconds"]
         progress.devices = list(content["devices"])
-        progress.versions = list(content.get("versions", [begun_by]))
+        if "versions" in content:
+            progress.versions = list(content["versions"])
+        else:  # version 2 named itself in config.json, version 1 nowhere
+            begun = read(folder / "config.json", ())
+            progress.versions = [begun.get("version", "1.0.0")]
 
         old_heading, rows = read_log(folder)
         heading = old_heading or heading

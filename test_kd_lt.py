@@ -2464,10 +2464,22 @@ def test_a_resumed_run_keeps_its_earlier_devices(failed, tiny, tmp_path):
     file = runs / failed[0].name / "last.pt"
     content = torch.load(file, weights_only=True)
     torch.save(content | {"devices": ["another"], "versions": ["2.9"]}, file)
+    (file.parent / "config.json").write_text("{")  # resuming does not need it
     finish(flags(tiny, runs, "--method ce"))
     result = json.loads((file.parent / "result.json").read_text())
     assert result["devices"] == ["another", kd_lt.machine(torch.device("cpu"))]
     assert result["version"] == f"2.9, then {kd_lt.VERSION}"
+
+
+def test_the_line_that_fails_is_found_inside_a_module():
+    class Fails(torch.nn.Module):
+        def forward(self, x):
+            return x @ x
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.nn.Sequential(Fails())(torch.ones(2, 3))
+    line = Fails.forward.__code__.co_firstlineno + 1
+    assert kd_lt.last_line_outside_torch(caught.value) == f"{__file__}, line {line}"
 
 
 def test_weights_that_are_not_finite_are_no_result(tiny, tmp_path, monkeypatch):
