@@ -193,10 +193,9 @@ def bkd_loss(
         L   = CE(z, y) + alpha T^2 KL(q || softmax(z / T))
         q_c = w_c p_c / sum_j w_j p_j,    p = softmax(z_teacher / T)
 
-    w is effective_number_weights: one weight for each class of the target. If each image had one
-    weight, that of its label, all its q_c would grow alike: it would cancel and leave plain KD.
-    Adding T log w to the logits is the same as weighting the probabilities. Follows the paper's
-    released code.
+    w is effective_number_weights: it weighs the C classes within the target of each image. (A
+    weight for the whole image, by its label, would cancel in q and leave plain KD.) Adding T log w
+    to the logits is the same as weighting the probabilities. Follows the paper's released code.
 
     student_logits    z, (B, C) float
     teacher_logits    z_teacher, (B, C) float; receives no gradient
@@ -284,12 +283,13 @@ def dive_loss(
     alpha: float = 0.5,
     power: float = 0.5,
 ) -> Tensor:
-    """DiVE: imitate a flattened teacher, trained with balanced softmax (arXiv 2103.15042).
+    """DiVE: balanced softmax on the labels, and a flattened teacher (arXiv 2103.15042).
 
         L   = (1 - alpha) CE(z + log pi, y) + alpha T^2 KL(q || softmax(z / T))
         q_c = p_c^power / sum_j p_j^power,    p = softmax(z_teacher / T)
 
-    Follows the code in BagofTricks-LT. power = 1 leaves the teacher as it is.
+    The teacher, too, was trained with balanced softmax. power = 1 leaves it as it is, 0.5 takes
+    the square roots of its probabilities. Follows the code in BagofTricks-LT.
 
     student_logits    z, (B, C) float
     teacher_logits    z_teacher, (B, C) float; receives no gradient
@@ -501,7 +501,7 @@ METHODS = {
         learns_prior=False,
     ),
     "dive": Method(
-        "virtual examples: imitate a flattened teacher, trained with balanced softmax",
+        "virtual examples: balanced softmax, and imitate a flattened teacher",
         hyper={"temperature": 2.0, "alpha": 0.5, "power": 0.5},
         highest={"alpha": 1.0},
         teacher="bsce",
@@ -633,8 +633,8 @@ class Trainer:
         for parameter, buffer in zip(parameters, self.momentum, strict=True):
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
-        # The batches, and what the losses need of the data. bkd_counts are all equal until
-        # BKD starts, see start_epoch.
+        # The batches, and what the losses need of the data. bkd_counts are what bkd_loss gets:
+        # start_epoch puts the class counts there once BKD is to act.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.batches = Batches(
             data.train_images,
@@ -646,7 +646,7 @@ class Trainer:
             config.colour,
         )
         self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
-        self.bkd_counts = self.class_counts.clone()
+        self.bkd_counts = torch.ones_like(self.class_counts)
         if method.uses == "class means":
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
@@ -660,16 +660,16 @@ class Trainer:
         self.correct = torch.zeros((), device=device)
 
     def state_dict(self) -> dict:
-        """All that a step changes, and the generator: what capture restores, and last.pt keeps.
+        """All that an epoch hands on to the next: what capture restores, and last.pt keeps.
 
-        The tensors are the trainer's own, not copies.
+        A step changes the sums of its epoch, too, but start_epoch sets them to zero. The tensors
+        are the trainer's own, not copies.
         """
         return {
             "student": self.student.state_dict(),
             "adapter": self.adapter.state_dict(),
             "momentum": self.momentum,
             "generator": self.generator.get_state(),
-            "epoch_sums": [self.batches.position, self.loss_sum, self.correct],
         }
 
     @torch.no_grad()
@@ -680,13 +680,12 @@ class Trainer:
         for buffer, saved in zip(self.momentum, state["momentum"], strict=True):
             buffer.copy_(saved)
         self.generator.set_state(state["generator"])
-        sums = [self.batches.position, self.loss_sum, self.correct]
-        # Files of version 2 hold no sums. They need none: an epoch begins with zeros.
-        for tensor, saved in zip(sums, state.get("epoch_sums", sums), strict=True):
-            tensor.copy_(saved)
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the learning rate and BKD's weights, and shuffle the images, for epoch 0, 1, ..."""
+        """Set the learning rate and BKD's counts, draw the epoch's batches, set its sums to zero.
+
+        Epochs count from 0 here. shuffle draws the order of the images and all augmentation.
+        """
         self.lr.fill_(learning_rate(epoch, self.config.epochs, self.config.lr))
         if self.config.method == "bkd":
             # Equal counts give equal weights: until it starts, BKD is KD.
@@ -725,7 +724,7 @@ class Trainer:
 
         match self.config.method:
             case "ce":
-                return F.cross_entropy(student_logits, targets)
+                return F.cross_entropy(at_least_float32(student_logits), targets)
 
             case "bsce":
                 return balanced_softmax_loss(student_logits, targets, counts)
@@ -1071,7 +1070,7 @@ def differs_from_default(config: Config) -> dict:
     return {
         key: values[key]
         for key, default in defaults.items()
-        if key in values and values[key] != default
+        if key in values and values[key] != default  # an older run may lack a hyperparameter
     }
 
 
@@ -1146,7 +1145,7 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
             raise KeyError  # told as unreadable, below
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file; the run is not finished, is no run, or was kept without weights"
+            f"{path}: no such file; the run is not finished, is no run, or came without its weights"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
@@ -1310,16 +1309,16 @@ def given_teacher(path: str, config: Config) -> dict:
     problem = ""
     if teacher.data != config.data:
         problem = f"its data is {teacher.data}, not {config.data}"
-        # Name the broadest setting that differs: a later one overwrites an earlier.
-        for key in ("subset_seed", "imb_type", "imb", "dataset"):
+        for key in ("dataset", "imb", "imb_type", "subset_seed"):  # which of them is the reason?
             if getattr(teacher, key) != getattr(config, key):
                 problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
+                break
     elif teacher.head != config.head:
         problem = f"its head is {teacher.head}, not {config.head}"
     elif content["epoch"] != teacher.epochs:
         problem = f"it stopped after epoch {content['epoch']} of {teacher.epochs}"
     elif (teacher.network, teacher.seed) == (config.network, config.seed):
-        problem = "a student of its seed would start as it started: choose another --seed"
+        problem = "it has the student's seed, and began with the same weights: use another --seed"
     if problem:
         raise InputError(f"--teacher-checkpoint {path}: {problem}")
 
@@ -1436,7 +1435,7 @@ def row_name(config: Config) -> str:
         elif key == "colour":
             words.append("distorted colours")
         elif key not in ("imb_type", "subset_seed"):  # those are in the heading
-            words.append(f"{key.replace('_', ' ')} {value:g}")
+            words.append(f"{key.replace('_', ' ')} {value:.12g}")  # g alone rounds 0.9999999
     return ", ".join(words)
 
 
@@ -1564,6 +1563,7 @@ def plot(file: str, folders: list[str]) -> None:
     if Path(file).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {file}: the name must end in .png, .svg or .pdf")
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
@@ -1573,9 +1573,10 @@ def plot(file: str, folders: list[str]) -> None:
     all_axes = figure.subplots(len(settings), squeeze=False)[:, 0]
     for axes, ((heading, _), rows) in zip(all_axes, settings.items(), strict=True):
         draw_head_to_tail(axes, heading, rows)
-    # Without a date two pictures of the same runs are the same file.
+    # Without a date and random names, two .svg of the same runs are the same file.
     metadata = {"Date": None} if file.endswith(".svg") else None
-    figure.savefig(file, dpi=150, metadata=metadata)
+    with rc_context({"svg.hashsalt": "kd-lt"}):
+        figure.savefig(file, dpi=150, metadata=metadata)
     print(f"plot      {file}")
 
 
@@ -1639,8 +1640,9 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
 # +----------------------------------------------------------------------------------------------+
 # | 7 Command line                                                                               |
 # |                                                                                              |
-# | A flag that would do nothing is an error that says why. Errors of the user's end in main as  |
-# | one line on stderr and a status: 2 wrong input, 1 a failed run, 75 a busy folder, 130 Ctrl-C.|
+# | A flag of another method, or one of training beside a report, is an error that says why.     |
+# | Errors of the user's end in main as a message on stderr and a status: 2 wrong input, 1 a     |
+# | failed run, 75 a busy folder, 130 Ctrl-C.                                                    |
 # +----------------------------------------------------------------------------------------------+
 
 EXAMPLES = """examples:
@@ -1796,9 +1798,11 @@ def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.
     if args.imb == 1 or whole_file:
         because["imb_type"] = because["subset_seed"] = "with --imb 1 (the default of a .npz)"
     if args.plot or args.table is not None:
+        # A report trains nothing: only these flags have an effect, whatever the method. --smoke
+        # does, because it changes the default of --runs-dir.
+        effective = {"table", "plot", "runs_dir", "smoke"}
         report = "--plot" if args.plot else "--table"
-        because = dict.fromkeys(vars(args).keys() - {"runs_dir", "table", "plot"}, f"with {report}")
-        because.pop("smoke")  # it changes the default of --runs-dir
+        because = dict.fromkeys(vars(args).keys() - effective, f"with {report}")
 
     for key, reason in because.items():
         if getattr(args, key) != parser.get_default(key):
@@ -1905,7 +1909,7 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
 
     def show(key: str, value: float, default: float) -> str:
         mark = f" (default {default:g})" if value != default else ""
-        return f"{key.replace('_', ' ')} {value:g}{mark}"
+        return f"{key.replace('_', ' ')} {value:.12g}{mark}"
 
     counts = data.class_counts
     groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
@@ -1916,6 +1920,10 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
         f"data      {args.dataset}, {imbalance}: {sum(counts):,} training images, {max(counts)}.."
         f"{min(counts)} a class; {', '.join(groups)}; {len(data.test_targets):,} test images"
     )
+    without = sorted(set(range(len(counts))) - set(data.test_targets.tolist()))
+    if without:
+        names = ", ".join(map(str, without))
+        print(f"          no test image of class {names}: its accuracy cannot be told")
 
     defaults = default_hyper(config.method, config.dataset)
     hyper = [show(key, value, defaults[key]) for key, value in config.hyper.items()]
@@ -1944,7 +1952,7 @@ def train_and_report(args: argparse.Namespace) -> None:
     device, precision = choose_device(args)
     args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
-    args.padded_bytes = Batches.padded_bytes(data.train_images)
+    args.padded_bytes = Batches.padded_bytes(data.train_images)  # for main, if memory runs out
     config = make_config(args, data, precision)
     print_plan(config, data, args, machine(device))
 
