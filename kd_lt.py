@@ -1717,7 +1717,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="the network that teaches; default resnet32")
     add("--teacher-method", choices=alone, help="how it is trained; default ce, for dive bsce")
     add("--num-teachers", type=count, metavar="K",
-        help="of cbd; default 1. The second half see distorted colours")
+        help="of cbd; default 1. Of several, the second half see distorted colours")
     add("--teacher-checkpoint", nargs="+", metavar="RUN",
         help="finished runs, instead of training teachers")
 

@@ -1820,6 +1820,20 @@ def test_readme_table_is_that_of_the_results():
     assert re.findall(r"^[|] .*", section, re.M) == printed and len(printed) > 4
 
 
+def test_readme_names_the_default_hyperparameters():
+    defaults = {name: method.hyper for name, method in kd_lt.METHODS.items()}
+    (line,) = re.findall("^- Defaults: .*", README, re.M)
+    assert {defaults[name]["temperature"] for name in ("kd", "bkd", "dive", "krdistill")} == {2}
+    assert {defaults[name]["alpha"] for name in ("kd", "bkd", "krdistill")} == {1}
+    assert line == (
+        "- Defaults: $T = 2$; $\\alpha = 1$, "
+        f"but {defaults['cbd']['alpha']:g} for cbd and {defaults['dive']['alpha']:g} for dive; "
+        f"$\\beta = {defaults['bkd']['beta']:g}$ for bkd, {defaults['cbd']['beta']:g} for cbd; "
+        f"$\\gamma = {defaults['krdistill']['gamma']:g}$; "
+        f"$\\mathrm{{power}} = {defaults['dive']['power']:g}$."
+    )
+
+
 def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
     script = HERE / "run_all.sh"
     methods = re.search("METHODS:-(.*?)}", script.read_text())[1].split()
