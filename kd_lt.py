@@ -53,7 +53,8 @@ VERSION = "3.0.0"
 # | needs at_least_float32 alone. Imports: math, Sequence, torch, F and Tensor.                  |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
-# | divergence from a target. Each shows the logits of its target in one line.                   |
+# | divergence from a target (krdistill adds a loss on features). Each shows the logits of its   |
+# | target in one line.                                                                          |
 # +----------------------------------------------------------------------------------------------+
 
 Counts = Sequence[float] | Tensor  # a number for each class; a NumPy array is taken, too
@@ -70,7 +71,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     A list, tuple or array is checked: C finite numbers of at least 1. The values in a tensor are
     trusted, because to look at them would make the CPU wait for the GPU and break torch.compile:
     pass a tensor under torch.compile(fullgraph=True). The result has the dtype of the logits, or
-    float32 for half precision; a float64 tensor that is on their device already stays float64.
+    float32 for half precision. A float64 tensor stays float64, unless it has to be moved to another
+    device: not every device has float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -255,7 +257,7 @@ def cbd_loss(
 
 
 def balanced_softmax_loss(logits: Tensor, targets: Tensor, class_counts: Counts) -> Tensor:
-    """Balanced softmax: the class shares are added, so that the network need not learn them.
+    """Balanced softmax: the log class shares are added, so that the network need not learn them.
 
         L = CE(z + log pi, y),    pi_c = n_c / sum_j n_j        (Ren et al. 2020, arXiv 2007.10740)
 
@@ -326,9 +328,9 @@ def balanced_prototypes(class_means: Tensor) -> Tensor:
 
     A long-tailed teacher spends long directions on head classes and short ones on the tail. S
     holds those lengths: dropping S makes all directions equally long, and keeps the classes as
-    near to the teacher's own arrangement as that allows. For D >= C - 1 every two prototypes have
-    the cosine -1 / (C - 1), a simplex equiangular tight frame. For smaller D the directions are
-    equally long before the rows are scaled, and only about so afterwards.
+    near to the teacher's own arrangement as that allows. Where the M_c span C - 1 dimensions, every
+    two prototypes have the cosine -1 / (C - 1), a simplex equiangular tight frame. For D < C - 1
+    all singular values are 1 before the rows are scaled, and only nearly equal afterwards.
 
     class_means       m, (C, D) float, C >= 2
     Returns (C, D), on the device of class_means, in float32 or float64. Raises ValueError for
@@ -518,7 +520,7 @@ METHODS = {
 
 
 def default_hyper(method: str, dataset: str) -> dict[str, float]:
-    """The method's hyperparameters; on cifar10 BKD's code begins only at 80 % of the epochs."""
+    """The method's hyperparameters. On cifar10 BKD's authors let KD run for 80 % of the epochs."""
     hyper = dict(METHODS[method].hyper)
     if method == "bkd" and dataset == "cifar10":
         hyper["bkd_start"] = 0.8
@@ -688,8 +690,9 @@ class Trainer:
         """
         self.lr.fill_(learning_rate(epoch, self.config.epochs, self.config.lr))
         if self.config.method == "bkd":
-            # Equal counts give equal weights: until it starts, BKD is KD.
-            acts = epoch >= self.config.hyper["bkd_start"] * self.config.epochs
+            # Equal counts give equal weights: until it starts, BKD is KD. Shares are compared, not
+            # epochs, because 0.55 * 100 is more than 55 in floating point.
+            acts = epoch / self.config.epochs >= self.config.hyper["bkd_start"]
             self.bkd_counts.copy_(self.class_counts if acts else torch.ones_like(self.bkd_counts))
         self.student.train()
         self.batches.shuffle(self.generator)
@@ -765,7 +768,10 @@ class Trainer:
     def capture(self) -> Callable[[int], None]:
         """Record step as a CUDA graph for each batch size; returns the function that replays it.
 
-        Warm up, record, restore, return. A step that waits for the GPU, as one with .item(),
+        Warm up, record, restore, return. It is called before the first start_epoch, so that it may
+        train on whatever the batches hold: the state is restored, start_epoch sets all the rest.
+
+        A step that waits for the GPU, as one with .item(),
         print(tensor) or a branch on a tensor in its loss, cannot be recorded: a line says where it
         waits, and step itself is returned. Raises CaptureError where torch cannot record it for
         another reason.
@@ -786,8 +792,9 @@ class Trainer:
     def _warm_up(self, sizes: list[int], stream) -> str:
         """Three rounds of steps, so that lazy parts of torch are ready; returns where one waits.
 
-        Two rounds let cuDNN and cuBLAS choose and set up their kernels. In the third torch raises
-        an error where the CPU would wait for the GPU: that place is returned, "" if there is none.
+        The first two rounds let cuDNN and cuBLAS choose and set up their kernels. In the third
+        round, torch is told to raise an error where the CPU would wait for the GPU: that place is
+        returned, "" if there is none.
         """
         stream.wait_stream(torch.cuda.current_stream())
         waits_in = ""
@@ -966,8 +973,8 @@ def duration(seconds: float) -> str:
 # +----------------------------------------------------------------------------------------------+
 # | 4 Evaluation                                                                                 |
 # |                                                                                              |
-# | CIFAR's test set is balanced, so its top-1 counts all classes alike; of own images top-1 is  |
-# | the mean over the test images. The three groups are those of the literature.                 |
+# | top-1 is the share of the test images that are classified correctly. CIFAR has equally many  |
+# | of each class. The groups many, medium and few are those of the literature.                  |
 # +----------------------------------------------------------------------------------------------+
 
 # By the training images of a class: at least, at most.
@@ -1120,13 +1127,15 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-CHECKPOINT = ("network", "student", "epoch")  # what a last.pt holds besides settings
+# The keys that must be in a last.pt to rebuild its network, those to resume its run, and those that
+# must be in a result.json. The settings are in all of them.
+CHECKPOINT = ("network", "student", "epoch")
 RESUMABLE = (*CHECKPOINT, "adapter", "momentum", "generator", "seconds", "devices")
 RESULT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
 
 
 def read(path: str | Path, needed: tuple[str, ...]) -> dict:
-    """The content of a run's last.pt or result.json, with its Config as "config".
+    """The content of a run's last.pt, result.json or config.json, with its Config as "config".
 
     Everything that reads them goes through here. No code from the file is run. Raises InputError
     for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
@@ -1240,7 +1249,8 @@ def save(trainer: Trainer, folder: Path, progress: Progress) -> None:
         "versions": progress.versions,
         **trainer.state_dict(),
     }
-    buffer = io.BytesIO()  # so that it is write_whole that meets a full disk
+    # First into memory: on a full disk write_whole fails, and keeps the file of the epoch before.
+    buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(folder / "last.pt", buffer.getvalue())
 
@@ -1360,7 +1370,8 @@ def run(
             }
             write_json(folder / "config.json", description)
 
-        # Teachers are runs, too. A teacher has the student's recipe.
+        # Teachers are runs, too. One has the student's Config but for the fields that are named in
+        # config.teachers: its network, method, head, colour and seed.
         paths = args.teacher_checkpoint
         if not paths:
             paths = []
@@ -1640,7 +1651,8 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
 # +----------------------------------------------------------------------------------------------+
 # | 7 Command line                                                                               |
 # |                                                                                              |
-# | A flag of another method, or one of training beside a report, is an error that says why.     |
+# | A flag that belongs to another method, or a training flag together with --table or --plot,   |
+# | is refused, and the reason is told.                                                          |
 # | Errors of the user's end in main as a message on stderr and a status: 2 wrong input, 1 a     |
 # | failed run, 75 a busy folder, 130 Ctrl-C.                                                    |
 # +----------------------------------------------------------------------------------------------+
@@ -1651,13 +1663,13 @@ EXAMPLES = """examples:
   python kd_lt.py --table runs --plot head_to_tail.svg runs/*-bkd-* runs/*-kd-*"""
 
 
-def number(kind: type, low: float, high: float = 1e9):
+def number(kind: type, low: float, high: float = 10**9):
     """A type for argparse: an int or a float from low to high."""
 
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high:  # true for nan, too
-            allowed = f"be at least {low}" if high == 1e9 else f"lie in {low} .. {high}"
+            allowed = f"be at least {low}" if value < low else f"lie in {low} .. {high}"
             raise argparse.ArgumentTypeError(f"must {allowed}, not {text}")
         return value
 

@@ -825,6 +825,15 @@ def test_the_step_is_the_plain_step(setting, small):
                 same.load_state_dict(network.state_dict())  # or rounding would grow
 
 
+@pytest.mark.parametrize("share, epochs, first", [(0.8, 200, 160), (0.55, 100, 55)])
+def test_bkd_starts_with_the_first_epoch_of_its_share(small, share, epochs, first):
+    trainer = make_trainer(small, "bkd")
+    trainer.config = replace(trainer.config, hyper={"bkd_start": share}, epochs=epochs)
+    for epoch, counts in ((first - 1, torch.ones(10)), (first, trainer.class_counts)):
+        trainer.start_epoch(epoch)
+        assert trainer.bkd_counts.tolist() == counts.tolist()
+
+
 def test_the_seed_decides_the_initial_weights(small):
     trainers = [make_trainer(small, "krdistill", "--seed", seed) for seed in "001"]
     for name in ("student", "adapter"):
