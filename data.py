@@ -154,7 +154,8 @@ def _download_cifar(name: str, folder: Path, missing: list[str]) -> None:
     except Exception as error:  # network, disk and archive fail in a dozen types
         raise InputError(
             f"cannot get {url}: {type(error).__name__}, {error}\nBy hand: unpack "
-            f"it so that {folder} holds {', '.join(missing)}"
+            f"it so that {folder} holds {', '.join(missing)}. Where they are already, --data-dir "
+            f"names the folder above {folder.name}"
         ) from None
 
 
@@ -172,8 +173,11 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 arrays[key] = np.asarray(archive[key])
     except MemoryError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types for damaged files
-        reason = "it is no .npz file" if "allow_pickle=True" in str(error) else error
+        is_foreign = key == "the file" and "pickle" in str(error)
+        reason = "it is no .npz file" if is_foreign else error
         raise InputError(
             f"{path}: cannot read {key} ({reason}); expected is a .npz file with the "
             f"arrays {', '.join(NPZ_KEYS)}, none of objects"

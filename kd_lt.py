@@ -1313,7 +1313,10 @@ def given_teacher(path: str, config: Config) -> dict:
         raise InputError(
             f"--teacher-checkpoint {path}: expected is a run folder, or the last.pt in it"
         )
-    content = read(path, CHECKPOINT)
+    try:
+        content = read(path, CHECKPOINT)
+    except InputError as error:
+        raise InputError(f"--teacher-checkpoint {error}") from None
     teacher = content["config"]
 
     problem = ""
@@ -1470,7 +1473,9 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
     for folder in map(Path, folders):
         paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
-            left_out.append(f"{folder}: no finished run there")
+            smoke = folder / "smoke"
+            hint = f"; those of --smoke are in {smoke}" if smoke.is_dir() else ""
+            left_out.append(f"{folder}: no finished run there{hint}")
         for path in paths:
             try:
                 result = read(path, RESULT)
@@ -1653,8 +1658,8 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
 # |                                                                                              |
 # | A flag that belongs to another method, or a training flag together with --table or --plot,   |
 # | is refused, and the reason is told.                                                          |
-# | Errors of the user's end in main as a message on stderr and a status: 2 wrong input, 1 a     |
-# | failed run, 75 a busy folder, 130 Ctrl-C.                                                    |
+# | Errors end in main as a message on stderr and a status: 2 wrong input, 1 a failed run, 75 a  |
+# | busy folder, 130 Ctrl-C. A closed pipe (`| head`) is 141, without a message.                 |
 # +----------------------------------------------------------------------------------------------+
 
 EXAMPLES = """examples:
@@ -1691,7 +1696,7 @@ def describe_methods() -> str:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kd_lt.py",
-        usage="%(prog)s [flags]",
+        usage="%(prog)s [flags], all in --help",
         description="Train a teacher, distil a student on long-tailed data, report its accuracy.",
         epilog=f"{describe_methods()}\n\n{EXAMPLES}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
@@ -1783,7 +1788,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
             runs_dir="runs/smoke",
         )
     args = parser.parse_args(argv)
-    refuse_flags_without_effect(parser, args)
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    refuse_flags_without_effect(parser, args, given)
     refuse_out_of_range(parser, args)
     if args.imb is None:
         args.imb = 1.0 if args.dataset.endswith(".npz") else 100.0
@@ -1791,8 +1797,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error where a flag would do nothing: that would spoil an experiment unseen."""
+def refuse_flags_without_effect(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+) -> None:
+    """End with an error where a given flag does nothing: that would spoil an experiment unseen."""
     method = METHODS[args.method]
     because = {}  # flag: the reason why it has no effect
     for other in METHODS.values():
@@ -1814,11 +1822,11 @@ def refuse_flags_without_effect(parser: argparse.ArgumentParser, args: argparse.
         # does, because it changes the default of --runs-dir.
         effective = {"table", "plot", "runs_dir", "smoke"}
         report = "--plot" if args.plot else "--table"
-        because = dict.fromkeys(vars(args).keys() - effective, f"with {report}")
+        because = {key: f"with {report}" for key in vars(args) if key not in effective}
 
     for key, reason in because.items():
-        if getattr(args, key) != parser.get_default(key):
-            flag = "--" + key.replace("_", "-")
+        flag = "--" + key.replace("_", "-")
+        if flag in given:
             parser.error(f"{flag} has no effect {reason}: leave it out")
     if not method.many_teachers and len(args.teacher_checkpoint or []) > 1:
         parser.error(f"--teacher-checkpoint: --method {args.method} has one teacher")
@@ -1917,7 +1925,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
 
 
 def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_name: str) -> None:
-    """What is about to be trained, on what, and how; what deviates from the defaults is marked."""
+    """What is about to be trained, on what, and how. A deviation in numbers is marked as one."""
 
     def show(key: str, value: float, default: float) -> str:
         mark = f" (default {default:g})" if value != default else ""
@@ -1948,8 +1956,9 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
         colour = ", distorted colours" if teacher["colour"] else ""
         print(f"teacher   {teacher['network']} by {teacher['method']}, {origin}{colour}")
 
+    steps = math.ceil(sum(counts) / config.batch_size)
     recipe = [
-        show("epochs", config.epochs, Config.epochs),
+        show("epochs", config.epochs, Config.epochs) + f" of {steps} steps",
         show("batch_size", config.batch_size, Config.batch_size),
         show("lr", config.lr, Config.lr),
         show("weight_decay", config.weight_decay, Config.weight_decay),
@@ -1996,7 +2005,8 @@ def main(argv: list[str]) -> int:
     except (DivergedError, CaptureError) as error:
         status, message = 1, str(error)
     except FolderBusyError as error:
-        status, message = 75, str(error)  # "try again later": run_all.sh leaves the run to that one
+        # "Try again later", as sysexits.h has it: run_all.sh does not count this run as failed.
+        status, message = 75, str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

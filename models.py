@@ -61,11 +61,14 @@ class BasicBlock(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it."""
+    """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it.
+
+    ResNet draws the weight with all its others. Elsewhere draw it yourself: until then it is nan.
+    """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        self.weight = nn.Parameter(torch.full((num_classes, in_features), torch.nan))
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
