@@ -1117,7 +1117,7 @@ def lock(folder: Path, wait: bool):
         busy = f"{folder} is being written by another process"
         if not wait:
             file.close()
-            raise FolderBusyError(busy) from None
+            raise FolderBusyError(f"{busy}: wait for it, or use another --runs-dir") from None
         print(f"kd_lt.py: {busy}, waiting", file=sys.stderr)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file

@@ -1432,6 +1432,8 @@ def test_cosine_head():
     expected = 20 * F.cosine_similarity(features[:, None], head.weight, dim=2)
     assert_close(head(features), expected, rtol=0, atol=1e-12)
     assert [name for name, _ in head.named_parameters()] == ["weight"]  # no bias, no learnt scale
+    copied = models.CosineClassifier(64, 5)  # outside a ResNet nobody has drawn its weight
+    assert copied(features.float()).isnan().all()
 
 
 def test_a_block_in_plain_words():
@@ -1533,6 +1535,14 @@ def test_npz_thinned(tmp_path):
 def test_npz_bad_content(tmp_path, changes, message):
     with pytest.raises(InputError, match=f"(?s)bad.npz.*{message}"):
         data.load_npz(make_npz(tmp_path / "bad.npz", **changes))
+
+
+def test_npz_that_is_none(tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    for name, reason in (("text.npz", "it is no .npz file"), ("absent.npz", "no such file")):
+        with pytest.raises(data.InputError, match=reason) as caught:
+            data.load_npz(tmp_path / name)
+        assert name in str(caught.value) and "pickle" not in str(caught.value)
 
 
 FOLDER = "cifar-10-batches-py"
@@ -2160,6 +2170,13 @@ def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, name, conten
     assert status == 2 and err.count(str(file)) == 1
 
 
+def test_a_table_without_runs_points_to_those_of_smoke(tmp_path):
+    stored(tmp_path / "smoke" / "a", "--method ce", 38.0)
+    assert main(["--table", tmp_path / "smoke"])[0] == 0
+    refused(["--table", tmp_path], "no finished run", tmp_path / "smoke")
+    assert "smoke" not in refused(["--table", tmp_path / "smoke" / "a" / "b"])[1].split("a/b")[1]
+
+
 @pytest.mark.parametrize("log", ["", "{", '{"command": ""}\n', '{"command": ""}\n{"epoch": 2}\n'])
 def test_a_damaged_log_ends_no_table(tmp_path, log):
     stored(tmp_path / "a", "--method ce", 38.0)
@@ -2723,6 +2740,8 @@ BAD = [  # a wrong command line, and what the message must name
     ("--table absent", "absent"),
     ("--plot x.txt", "x.txt"),
     ("--table --seed 1", "--seed"),
+    ("--table --method=bkd", "--method"),  # the default, but it looks like a filter
+    ("--method kd --teacher-checkpoint absent", "--teacher-checkpoint"),
     ("--plot x.png --seed 1", "--seed"),
     (" unexpected", "unexpected"),
 ]
