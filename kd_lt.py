@@ -48,9 +48,10 @@ VERSION = "3.0.0"
 # | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
 # | at least. No gradient reaches a teacher.                                                     |
 # |                                                                                              |
-# | To copy a loss, copy Counts and the three helpers below with it. Besides them bkd_loss needs |
-# | effective_number_weights; dive_loss and krdistill_loss need balanced_softmax_loss. cbd_loss  |
-# | needs at_least_float32 alone. Imports: math, Sequence, torch, F and Tensor.                  |
+# | To copy a loss, copy with it Counts, at_least_float32, as_counts and kl_to_target; cbd_loss  |
+# | needs only the second. Besides, bkd_loss needs effective_number_weights; dive_loss and       |
+# | krdistill_loss need balanced_softmax_loss; what else belongs to krdistill stands before it.  |
+# | Imports: math, Sequence, torch, F and Tensor.                                                |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
 # | divergence from a target (krdistill adds a loss on features). Each shows the logits of its   |
@@ -71,8 +72,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     A list, tuple or array is checked: C finite numbers of at least 1. The values in a tensor are
     trusted, because to look at them would make the CPU wait for the GPU and break torch.compile:
     pass a tensor under torch.compile(fullgraph=True). The result has the dtype of the logits, or
-    float32 for half precision. A float64 tensor stays float64, unless it has to be moved to another
-    device: not every device has float64.
+    float32 for half precision. Counts in a float64 tensor stay float64, unless they have to be
+    moved to another device: not every device has float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -166,7 +167,8 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
 
     class_counts      n, (C,), each at least 1
     Returns (C,) of mean 1, in float32, or in the dtype of class_counts if that is a tensor or an
-    array of floats. Raises ValueError for class_counts of another shape and a beta outside [0, 1).
+    array of floats. Raises ValueError for class_counts of another shape, for a count below 1
+    that is not in a tensor (see as_counts) and for a beta outside [0, 1).
     """
     counts = torch.as_tensor(class_counts)
     if counts.ndim != 1:
@@ -204,7 +206,8 @@ def bkd_loss(
     targets           y, (B,) int64
     class_counts      training images of each class, (C,), each at least 1
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for a shape
-    that would broadcast, a temperature <= 0 and a beta outside [0, 1).
+    that would broadcast, counts that as_counts refuses, a temperature <= 0 and a beta outside
+    [0, 1).
     """
     counts = as_counts(class_counts, teacher_logits)
     teacher = at_least_float32(teacher_logits)
@@ -330,7 +333,7 @@ def balanced_prototypes(class_means: Tensor) -> Tensor:
     holds those lengths: dropping S makes all directions equally long, and keeps the classes as
     near to the teacher's own arrangement as that allows. Where the M_c span C - 1 dimensions, every
     two prototypes have the cosine -1 / (C - 1), a simplex equiangular tight frame. For D < C - 1
-    all singular values are 1 before the rows are scaled, and only nearly equal afterwards.
+    all singular values of U V^T are 1; those of P, whose rows are scaled, are only nearly equal.
 
     class_means       m, (C, D) float, C >= 2
     Returns (C, D), on the device of class_means, in float32 or float64. Raises ValueError for
@@ -426,9 +429,10 @@ def krdistill_loss(
         L     = CE(z + log pi, y) + alpha L_LRD + gamma L_RRD
         L_LRD = T^2 KL(softmax(r / T) || softmax(z / T)),    L_RRD = mean_B(1 - cos(f, g))
 
-    CE is the balanced softmax, so that labels and teacher speak of the same balanced world. The
-    student's features pass a learned linear map first: features after a ReLU have no negative
-    entries, the rectified ones have, so that without the map they could not meet.
+    LRD and RRD are the paper's names: logit- and representation-rectified distillation. CE is the
+    balanced softmax, so that labels and teacher speak of the same balanced world. The student's
+    features pass a learned linear map first: features after a ReLU have no negative entries, the
+    rectified ones have, so that without the map they could not meet.
 
     student_logits      z, (B, C) float
     student_features    f, (B, D) float, already mapped to the teacher's width
@@ -472,7 +476,7 @@ class Method:
     teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher, or "cosine"
-    uses: str = ""  # what it needs of its teachers besides logits: "features" or "class means"
+    uses: str = ""  # what its loss needs of the teachers' features: "features", "class means"
     many_teachers: bool = False  # whether --num-teachers may ask for several
     learns_prior: bool = True  # its logits contain log pi; False: its loss or sampler balances
 
@@ -520,7 +524,10 @@ METHODS = {
 
 
 def default_hyper(method: str, dataset: str) -> dict[str, float]:
-    """The method's hyperparameters. On cifar10 BKD's authors let KD run for 80 % of the epochs."""
+    """The default hyperparameters of a method on a data set.
+
+    On cifar10 the BKD authors' code trains with KD for the first 80 % of the epochs.
+    """
     hyper = dict(METHODS[method].hyper)
     if method == "bkd" and dataset == "cifar10":
         hyper["bkd_start"] = 0.8
@@ -664,8 +671,8 @@ class Trainer:
     def state_dict(self) -> dict:
         """All that an epoch hands on to the next: what capture restores, and last.pt keeps.
 
-        A step changes the sums of its epoch, too, but start_epoch sets them to zero. The tensors
-        are the trainer's own, not copies.
+        Learning rate, batches and sums are not here: start_epoch sets them anew. The tensors are
+        the trainer's own, not copies.
         """
         return {
             "student": self.student.state_dict(),
