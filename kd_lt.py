@@ -561,7 +561,7 @@ class Config:
 # | 3 Training                                                                                   |
 # |                                                                                              |
 # | Teachers and students alike go through Trainer and train. Trainer.step is all that a step    |
-# | does; on a GPU it is recorded once as a CUDA graph and replayed.                             |
+# | does; on a GPU it is recorded as a CUDA graph, once for each batch size, and replayed.       |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -574,7 +574,7 @@ class CaptureError(Exception):
 
 
 def learning_rate(epoch: int, epochs: int, highest: float) -> float:
-    """In epoch 0 .. epochs-1: five epochs up to highest, x0.01 from 80 %, x0.0001 from 90 %.
+    """The rate of an epoch, 0 .. epochs-1: it rises for five epochs, and falls at 80 % and 90 %.
 
     As published for 200 epochs; other lengths keep the five epochs and the two shares.
     """
@@ -775,15 +775,14 @@ class Trainer:
     def capture(self) -> Callable[[int], None]:
         """Record step as a CUDA graph for each batch size; returns the function that replays it.
 
-        Warm up, record, restore, return. It is called before the first start_epoch, so that it may
-        train on whatever the batches hold: the state is restored, start_epoch sets all the rest.
-
-        A step that waits for the GPU, as one with .item(),
-        print(tensor) or a branch on a tensor in its loss, cannot be recorded: a line says where it
-        waits, and step itself is returned. Raises CaptureError where torch cannot record it for
-        another reason.
+        Warm up, record, restore, return. The steps train on whatever the batches hold; then the
+        state is restored, and start_epoch, which has to follow, sets all the rest. A step that
+        waits for the GPU, for example because its loss calls .item() or branches on a tensor,
+        cannot be recorded: a line says where it waits, and step itself is returned. Raises
+        CaptureError where torch cannot record it for another reason.
         """
         saved = copy.deepcopy(self.state_dict())
+        self.student.train()  # the graph keeps the mode that it was recorded in
         sizes = sorted(set(self.batches.sizes), reverse=True)  # the smaller reuses the memory
         stream = torch.cuda.Stream()
 
@@ -881,7 +880,8 @@ def train(
 ) -> dict:
     """Train from the epoch after progress to the last one; returns the last test's scores.
 
-    Each epoch adds a row to folder/log.jsonl, then replaces folder/last.pt. Raises DivergedError.
+    Each epoch adds a row to folder/log.jsonl, then replaces folder/last.pt. Raises DivergedError
+    and CaptureError.
     """
     config = trainer.config
     step = trainer.step if eager or trainer.device.type != "cuda" else trainer.capture()
@@ -956,7 +956,7 @@ def print_progress(done: int, total: int, batch_size: int, began: float) -> None
 
 
 def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
-    """The epoch's line under the heading of train; "-" where nothing was tested."""
+    """The epoch's line, under the heading that train prints; "-" where nothing was tested."""
     erase = "\r\033[K" if sys.stdout is not None and sys.stdout.isatty() else ""
     scores = [row.get(key) for key in ("train_top1", "top1", *GROUPS)]
     cells = ["-" if score is None else f"{score:.2f}" for score in scores]
@@ -1008,7 +1008,8 @@ def predict(model: ResNet, images: Tensor, device: torch.device, precision: str)
 def evaluate(model: ResNet, data: Dataset, device: torch.device, precision: str) -> dict:
     """Test accuracies in %: top1, per_class, and the mean over the classes of many, medium, few.
 
-    None stands for a class without test images and for a group without classes.
+    None stands for a class without test images and for a group without classes. The class_counts,
+    by which the classes are grouped, are returned, too.
     """
     targets = data.test_targets
     predicted = predict(model, data.test_images, device, precision).logits.argmax(dim=1).cpu()
@@ -1134,15 +1135,15 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-# The keys that must be in a last.pt to rebuild its network, those to resume its run, and those that
-# must be in a result.json. The settings are in all of them.
+# The keys that read demands, besides the settings: of a last.pt to rebuild its network, of one to
+# resume its run, and of a result.json.
 CHECKPOINT = ("network", "student", "epoch")
 RESUMABLE = (*CHECKPOINT, "adapter", "momentum", "generator", "seconds", "devices")
 RESULT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
 
 
 def read(path: str | Path, needed: tuple[str, ...]) -> dict:
-    """The content of a run's last.pt, result.json or config.json, with its Config as "config".
+    """A run's last.pt, result.json or config.json, and its Config as "config", its path as "file".
 
     Everything that reads them goes through here. No code from the file is run. Raises InputError
     for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
@@ -1291,7 +1292,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
         progress.devices = list(content["devices"])
         if "versions" in content:
             progress.versions = list(content["versions"])
-        else:  # version 2 named itself in config.json, version 1 nowhere
+        else:  # a last.pt of version 2, which is named in config.json, or of 1, which is nowhere
             begun = read(folder / "config.json", ())
             progress.versions = [begun.get("version", "1.0.0")]
 
@@ -1354,7 +1355,7 @@ def given_teacher(path: str, config: Config) -> dict:
 def run(
     config: Config, data: Dataset, args: argparse.Namespace, device: torch.device, role="student"
 ) -> Path:
-    """The folder of a finished run. If it has no result.json, train its teachers, then it.
+    """Train the run's teachers, then the run, unless it has a result.json; returns its folder.
 
     Of args it needs runs_dir, teacher_checkpoint, eval_every, eager and command. Raises InputError,
     DivergedError, CaptureError and, for a student, FolderBusyError; a teacher is waited for.
@@ -1741,7 +1742,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="the network that teaches; default resnet32")
     add("--teacher-method", choices=alone, help="how it is trained; default ce, for dive bsce")
     add("--num-teachers", type=count, metavar="K",
-        help="of cbd; default 1. Of several, the second half see distorted colours")
+        help="of cbd; default 1. K // 2 of them see distorted colours")
     add("--teacher-checkpoint", nargs="+", metavar="RUN",
         help="finished runs, instead of training teachers")
 
@@ -1774,14 +1775,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--eager", action="store_true",
         help="on a GPU: no CUDA graph, for a step that cannot be recorded")
     add("--eval-every", type=count, metavar="N",
-        help="epochs between tests; default 1, on a CPU 5")
+        help="test after every N epochs; default 1, on a CPU 5")
     add("--data-dir", metavar="DIR", default="data",
         help="where CIFAR is, or is downloaded to; default data")
     add("--runs-dir", metavar="DIR", default="runs", help="where runs are kept; default runs")
 
     reports = "reports on finished runs (RUNS: run folders, or folders of runs)"
     add = parser.add_argument_group(reports).add_argument
-    add("--table", nargs="*", metavar="RUNS", help="print as Markdown; default: those in runs")
+    add("--table", nargs="*", metavar="RUNS",
+        help="print as Markdown; default: those in --runs-dir")
     add("--plot", nargs="+", metavar=("FILE", "RUNS"),
         help="draw the named runs' accuracy from head to tail: .png, .svg, .pdf")
     # fmt: on
@@ -1807,7 +1809,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 def refuse_flags_without_effect(
     parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
 ) -> None:
-    """End with an error where a given flag does nothing: that would spoil an experiment unseen."""
+    """End with an error for a flag that this method, or a report, would ignore.
+
+    An experiment that is not what its command says would go unnoticed.
+    """
     method = METHODS[args.method]
     because = {}  # flag: the reason why it has no effect
     for other in METHODS.values():
@@ -1825,8 +1830,8 @@ def refuse_flags_without_effect(
     if args.imb == 1 or whole_file:
         because["imb_type"] = because["subset_seed"] = "with --imb 1 (the default of a .npz)"
     if args.plot or args.table is not None:
-        # A report trains nothing: only these flags have an effect, whatever the method. --smoke
-        # does, because it changes the default of --runs-dir.
+        # A report trains nothing: only these flags have an effect, whatever the method. --smoke has
+        # one, because it changes the default of --runs-dir.
         effective = {"table", "plot", "runs_dir", "smoke"}
         report = "--plot" if args.plot else "--table"
         because = {key: f"with {report}" for key in vars(args) if key not in effective}
