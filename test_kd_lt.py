@@ -1028,12 +1028,14 @@ def seen(small, monkeypatch):
     trainer = make_trainer(small, "kd")
     trainer.start_epoch(0)
     trainer.step(32)
+    trainer.student.eval()  # as a test leaves it
     before = copy.deepcopy(changed_by_steps(trainer))
     seen = SimpleNamespace(trainer=trainer, sizes=[], replayed=[], modes=["default"], waits=[])
 
     @contextlib.contextmanager
     def graph(recorded, pool, stream):
         trainer.batches.position.zero_()
+        assert trainer.student.training
         yield
         seen.sizes.append(size := trainer.batches.position.item())
         recorded.replay = lambda: seen.replayed.append(size)
