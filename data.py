@@ -360,8 +360,8 @@ def distort_colour(images: Tensor, draws: Tensor) -> Tensor:
 class Batches:
     """Shuffled, cropped, flipped, normalised training batches, made on the device by one gather.
 
-    images uint8 (N, 3, S, S), targets int64 (N,). A crop is (S, S), of the image padded by S // 8,
-    at least 2. An epoch is N draws: sampler "instance" takes every image once, "class" draws with
+    images uint8 (N, 3, S, S), targets int64 (N,). A crop is (S, S), of the image padded by S // 8.
+    An epoch is N draws: sampler "instance" takes every image once, "class" draws with
     replacement so that every class is expected N / C times. colour adds distort_colour. shuffle()
     draws an epoch's random numbers on the CPU: a seed gives the same batches on every device.
     next() uses only tensors that keep their place: it can be captured in a CUDA graph.
@@ -401,7 +401,7 @@ class Batches:
     @staticmethod
     def padding(size: int) -> int:
         """Pixels on each side of an image of that size: 4 for CIFAR's 32, as in the literature."""
-        return max(size // 8, 2)
+        return size // 8
 
     @classmethod
     def padded_bytes(cls, images: Tensor) -> int:

@@ -2,8 +2,8 @@
 # Copyright (c) 2026 the kd-lt authors
 """Tests: losses against plain oracles, the step against a plain step, data, the program, faults.
 
-No network. What has to be the CPU says so, so that a GPU in the machine changes nothing. Real
-CIFAR is used where it lies in ./data or in the folder KD_LT_DATA names.
+They need no network. A test that is about the CPU says --device cpu, so that a GPU in the machine
+changes nothing. Real CIFAR is used where it lies in ./data or in the folder KD_LT_DATA names.
 """
 
 import contextlib
@@ -167,11 +167,10 @@ def value_and_gradients(name, example, function=None, **hyper):
         rectified_features=teacher[1],
         teacher_features=teacher[2:],
     )
-    learns_features = name in ("cbd", "krdistill")
-    inputs = {
-        key: getattr(example, key).detach().requires_grad_()
-        for key in ("student_logits", "student_features")[: 1 + learns_features]
-    }
+    learned = ["student_logits"]
+    if name in ("cbd", "krdistill"):
+        learned.append("student_features")
+    inputs = {key: getattr(example, key).detach().requires_grad_() for key in learned}
     loss = loss_of(name, replace(example, **inputs), function, **hyper)
     loss.backward()
     assert all(tensor.grad is None for tensor in teacher)
@@ -1412,7 +1411,7 @@ def test_forward(name, head, projection, size):
         pooled = maps.mean((2, 3))
         expected = model.projection(pooled).relu() if projection else pooled
         with torch.autocast("cpu", torch.bfloat16):
-            assert {part.dtype for part in model(images)} == {torch.float32}  # the head's
+            assert {part.dtype for part in model(images)} == {torch.float32}  # the head has no bf16
     assert maps.shape[2:] == (size // 4, size // 4)  # the last two stages halve it
     assert model.num_features == (projection or NETWORKS[name][2][-1])
     assert logits.shape == (3, 7) and features.shape == (3, model.num_features)
@@ -2152,20 +2151,15 @@ def test_runs_that_differ_in_more_than_seeds_are_two_rows(tmp_path, field, value
     assert len(set(rows)) == 2 or out.count("**") == 4  # by another name, or below another heading
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("result.json", "{"),
-        ("result.json", '{"settings": {}}'),
-        ("result.json", None),
-    ],
-)
-def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, name, content):
+@pytest.mark.parametrize("content", ["{", '{"settings": {}}', "without few"])
+def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, content):
     stored(tmp_path / "a", "--method ce", 38.0)
     stored(tmp_path / "b", "--method ce --seed 1", 42.0)
-    file = tmp_path / "b" / name
-    whole = json.loads(file.read_text())
-    file.write_text(content or json.dumps({k: v for k, v in whole.items() if k != "few"}))
+    file = tmp_path / "b" / "result.json"
+    if content == "without few":
+        whole = json.loads(file.read_text())
+        content = json.dumps({key: value for key, value in whole.items() if key != "few"})
+    file.write_text(content)
     status, out, err = main(["--table", tmp_path])
     assert status == 0 and "| ce | - | 1 | 38.00 |" in out
     assert err.count(str(file)) == 1 and "Traceback" not in err
@@ -2801,14 +2795,20 @@ def test_damaged_teacher(finished, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "role, name, content",
-    [(1, "last.pt", b"bad"), (1, "last.pt", None), (0, "last.pt", None), (1, "result.json", None)],
+    [
+        ("student", "last.pt", b"bad"),
+        ("student", "last.pt", "cut"),
+        ("teacher", "last.pt", "cut"),
+        ("student", "result.json", "cut"),
+    ],
 )
 def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
-    runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
-    file = runs / finished[role].name / name  # of the teacher, the student
-    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
+    teacher, student = finished
+    runs = shutil.copytree(teacher.parent, tmp_path / "runs")
+    file = runs / {"teacher": teacher, "student": student}[role].name / name
+    file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
     if name == "last.pt":  # else the result alone is read
-        (runs / finished[1].name / "result.json").unlink()
+        (runs / student.name / "result.json").unlink()
     before, argv = files(runs), flags(tiny, runs, "--method kd")
     refused(argv, file, "move its whole run folder away")
     assert files(runs) == before
