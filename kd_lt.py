@@ -1937,7 +1937,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
 
 
 def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_name: str) -> None:
-    """What is about to be trained, on what, and how. A deviation in numbers is marked as one."""
+    """What is about to be trained, on what, and how; a changed number is shown with its default."""
 
     def show(key: str, value: float, default: float) -> str:
         mark = f" (default {default:g})" if value != default else ""
