@@ -950,14 +950,14 @@ def check_finite(trainer: Trainer, row: dict, folder: Path) -> None:
 def print_progress(done: int, total: int, batch_size: int, began: float) -> None:
     """On a terminal, and in an epoch of more than a second, show the steps in place."""
     seconds = time.perf_counter() - began
-    if seconds > 1 and sys.stdout is not None and sys.stdout.isatty():
+    if seconds > 1 and sys.stdout.isatty():
         speed = done * batch_size / seconds
         print(f"\r\033[K      step {done} of {total}, {speed:.0f} images/s", end="", flush=True)
 
 
 def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
     """The epoch's line, under the heading that train prints; "-" where nothing was tested."""
-    erase = "\r\033[K" if sys.stdout is not None and sys.stdout.isatty() else ""
+    erase = "\r\033[K" if sys.stdout.isatty() else ""
     scores = [row.get(key) for key in ("train_top1", "top1", *GROUPS)]
     cells = ["-" if score is None else f"{score:.2f}" for score in scores]
     print(
@@ -2009,8 +2009,7 @@ def main(argv: list[str]) -> int:
             table(args.table or in_plot or [args.runs_dir])
         if not args.plot and args.table is None:
             train_and_report(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure can still be told
+        sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except InputError as error:
         status, message = 2, str(error)
@@ -2033,7 +2032,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         status, message = 1, f"{error.filename or args.runs_dir}: {error.strerror or error}"
     except KeyboardInterrupt:
-        if sys.stdout is not None and sys.stdout.isatty():
+        if sys.stdout.isatty():
             print()  # below the progress of the epoch
         status, message = 130, "interrupted; the same command continues after the last whole epoch"
     print(f"kd_lt.py: {message}", file=sys.stderr)
@@ -2041,6 +2040,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:  # None: it was closed by the caller
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets a table
+    if sys.stdout is None:  # the caller closed it, as `>&-` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  ends with the process
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets a table
     sys.exit(main(sys.argv[1:]))
