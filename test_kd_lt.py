@@ -1835,12 +1835,50 @@ def test_readme_snippets_run_as_they_stand(snippet, finished, tmp_path, monkeypa
         assert data.load_dataset("mine.npz", "", 1).class_counts == [1, 1]
 
 
-def test_readme_table_is_that_of_the_results():
-    """Cell by cell: no number is typed."""
+@pytest.fixture(scope="module")
+def printed_results():
+    """What --table prints of .results, and its rows: {row name: {column: cell}}."""
     _, out, _ = main(["--table", HERE / ".results"])
-    printed = re.findall(r"^[|] .*", out, re.M)
+    heading, _, *rows = (line[2:-2].split(" | ") for line in re.findall("^[|].*", out, re.M))
+    return out, {row[0]: dict(zip(heading, row, strict=True)) for row in rows}
+
+
+def test_readme_table_is_that_of_the_results(printed_results):
+    """Cell by cell: no number is typed."""
+    printed = re.findall(r"^[|] .*", printed_results[0], re.M)
     section = README.split("## Results")[1].split("<details>")[0]
     assert re.findall(r"^[|] .*", section, re.M) == printed and len(printed) > 4
+
+
+def test_readme_numbers_beside_the_published_ones_are_those_of_the_results(printed_results):
+    """The last and the best tested epoch of each method whose results are there."""
+    out, rows = printed_results
+    best = out.split("such numbers): ")[1].split(".\n")[0].split("; ")
+    best = dict(re.fullmatch(r"(.+?) (\d+\.\d\d(?: ± \S+)?)", words).groups() for words in best)
+    fold = README.split("<summary>Published numbers")[1].replace("\u00a0", " ")
+    shown = re.findall(r"^[|] (\w+).*?: .*? [|] (\S+(?: ± \S+)?) [|] (.*?) [|]", fold, re.M)
+    compared = []
+    for method, last, best_tested in shown:
+        name = "krdistill (reconstruction)" if method == "krdistill" else method
+        if name in rows:
+            assert (last, best_tested) == (rows[name]["top-1"], best[name])
+            compared.append(method)
+    assert {"ce", "bsce", "kd", "bkd", "dive", "krdistill"} <= set(compared)
+
+
+def test_readme_verdicts_follow_from_the_results(printed_results):
+    """Twice the larger standard deviation decides, and both sides have three seeds."""
+    _, rows = printed_results
+    side = r"[|] ([^|]+), ([\w-]+): ([^|]+) "
+    claims = re.findall(rf"{side}{side}[|] (\w+) [|]$", README, re.M)
+    assert len(claims) >= 3
+    for name, key, shown, other_name, other_key, other_shown, verdict in claims:
+        assert (shown, other_shown) == (rows[name][key], rows[other_name][other_key])
+        assert rows[name]["n"] == rows[other_name]["n"] == "3"
+        (a, a_spread), (b, b_spread) = (map(float, x.split(" ± ")) for x in (shown, other_shown))
+        margin = 2 * max(a_spread, b_spread)
+        decided = "holds" if a - b > margin else "fails"
+        assert verdict == (decided if abs(a - b) > margin else "undecided"), (name, key)
 
 
 def test_readme_names_the_default_hyperparameters():
