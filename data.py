@@ -257,7 +257,6 @@ def synthetic(
 class Dataset(NamedTuple):
     """Training images, long-tailed, and test images, balanced unless they are the user's own."""
 
-    name: str
     train_images: Tensor  # (N, 3, S, S) uint8
     train_targets: Tensor  # (N,) int64
     test_images: Tensor
@@ -292,7 +291,7 @@ def load_dataset(
     for tensor in (images, targets, *test):
         sha256.update(f"{tuple(tensor.shape)}".encode())
         sha256.update(tensor.numpy())
-    return Dataset(str(name), images, targets, *test, counts, sha256.hexdigest()[:16])
+    return Dataset(images, targets, *test, counts, sha256.hexdigest()[:16])
 
 
 @functools.cache
@@ -380,7 +379,7 @@ class Batches:
         if sampler not in ("instance", "class"):
             raise ValueError(f'sampler must be "instance" or "class", not {sampler!r}')
         count, size = len(targets), images.shape[-1]
-        padding = self.padding(size)
+        padding = size // 8  # on each side: 4 for CIFAR's 32, as in the literature
         padded = F.pad(images.to(device), [padding] * 4)  # raw: pad, then normalise
         padded = torch.cat([padded, padded.flip(3)]).permute(0, 2, 3, 1).contiguous()
         # A view of every crop of every image and its mirror image, (2N, places, places, 3, S, S):
@@ -397,17 +396,6 @@ class Batches:
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.offsets = torch.arange(min(batch_size, count), device=device)
         self.sizes = [len(part) for part in self.targets.split(batch_size)]
-
-    @staticmethod
-    def padding(size: int) -> int:
-        """Pixels on each side of an image of that size: 4 for CIFAR's 32, as in the literature."""
-        return size // 8
-
-    @classmethod
-    def padded_bytes(cls, images: Tensor) -> int:
-        """The memory that the padded images and their mirror images take."""
-        size = images.shape[-1] + 2 * cls.padding(images.shape[-1])
-        return 2 * len(images) * 3 * size**2
 
     def shuffle(self, generator: torch.Generator) -> None:
         """Draw the next epoch from a CPU generator."""

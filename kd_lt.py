@@ -50,7 +50,8 @@ VERSION = "3.0.0"
 # |                                                                                              |
 # | To copy a loss, copy with it Counts, at_least_float32, as_counts and kl_to_target; cbd_loss  |
 # | needs only the second. Besides, bkd_loss needs effective_number_weights; dive_loss and       |
-# | krdistill_loss need balanced_softmax_loss; what else belongs to krdistill stands before it.  |
+# | krdistill_loss need balanced_softmax_loss. What prepares krdistill_loss's arguments,         |
+# | balanced_prototypes, rectify_logits and rectify_features, stands before it.                  |
 # | Imports: math, Sequence, torch, F and Tensor.                                                |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
@@ -77,7 +78,7 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     """
     if logits.ndim != 2:
         raise ValueError(
-            f"student_logits, teacher_logits and logits must be (B, C), not {tuple(logits.shape)}"
+            f"logits (student_logits or teacher_logits) must be (B, C), not {tuple(logits.shape)}"
         )
 
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -309,9 +310,10 @@ def dive_loss(
     return (1 - alpha) * bsce + alpha * kl_to_target(student_logits, target_logits, temperature)
 
 
-# KRDistill, OUR RECONSTRUCTION: of the paper (arXiv 2409.07694) only the abstract could be had. It
-# says that the teacher's imbalance is mended in its representation, by balanced category priors,
-# and in its predictions; the equations are ours. The order in which the four functions are used:
+# KRDistill, OUR RECONSTRUCTION: of the paper (arXiv 2409.07694) only the abstract and a short
+# summary could be had. They say that the teacher's imbalance is mended in its representation,
+# by balanced category priors, and in its predictions; the equations are ours. The order in which
+# the four functions are used:
 #
 #     class_means = ...       # once, (C, D): the teacher's mean features of each class, on training
 #                             # images without augmentation, in eval mode
@@ -540,7 +542,7 @@ class Config:
 
     dataset: str  # cifar10, cifar100, synthetic, or the name of a .npz file
     data: str  # a digest of all images and labels
-    imb: float  # training images of the largest class over those of the smallest
+    imb: float  # to what the classes are thinned, largest / smallest; 1: not thinned
     method: str  # a key of METHODS
     hyper: dict[str, float]  # the method's hyperparameters, as default_hyper
     network: str  # a key of models.NETWORKS
@@ -1461,9 +1463,14 @@ def row_name(config: Config) -> str:
     return ", ".join(words)
 
 
+def imbalance(config: Config) -> str:
+    """How the classes were thinned. Unthinned, a file may still be imbalanced by nature."""
+    return f"imb {config.imb:g}" if config.imb != 1 else "not thinned"
+
+
 def setting_name(config: Config) -> str:
     """What all rows of a table share, as its heading."""
-    words = [config.dataset, f"imb {config.imb:g}", config.network, f"{config.epochs} epochs"]
+    words = [config.dataset, imbalance(config), config.network, f"{config.epochs} epochs"]
     if config.imb_type != Config.imb_type:
         words.append(config.imb_type)
     if config.subset_seed != Config.subset_seed:
@@ -1490,7 +1497,10 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
             except InputError as error:
                 left_out.append(str(error))
                 continue
-            runs[run_name(result["config"])] = result  # a run in two folders counts once
+            # A run in two folders counts once. On two kinds of device it ends differently.
+            first = runs.setdefault(run_name(result["config"]), result)
+            if first["per_class"] != result["per_class"]:
+                left_out.append(f"{path}: another result of the same settings as {first['file']}")
     if not runs:
         raise InputError("\n".join(left_out))
     for reason in left_out:
@@ -1945,11 +1955,11 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
 
     counts = data.class_counts
     groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
-    imbalance = f"imb {config.imb:g}" if config.imb != 1 else "not thinned"
-    imbalance += f" ({config.imb_type})" if config.imb_type != Config.imb_type else ""
-    imbalance += f" (subset seed {config.subset_seed})" if config.subset_seed else ""
+    thinned = imbalance(config)
+    thinned += f" ({config.imb_type})" if config.imb_type != Config.imb_type else ""
+    thinned += f" (subset seed {config.subset_seed})" if config.subset_seed else ""
     print(
-        f"data      {args.dataset}, {imbalance}: {sum(counts):,} training images, {max(counts)}.."
+        f"data      {args.dataset}, {thinned}: {sum(counts):,} training images, {max(counts)}.."
         f"{min(counts)} a class; {', '.join(groups)}; {len(data.test_targets):,} test images"
     )
     without = sorted(set(range(len(counts))) - set(data.test_targets.tolist()))
@@ -1985,7 +1995,6 @@ def train_and_report(args: argparse.Namespace) -> None:
     device, precision = choose_device(args)
     args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
     data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
-    args.padded_bytes = Batches.padded_bytes(data.train_images)  # for main, if memory runs out
     config = make_config(args, data, precision)
     print_plan(config, data, args, machine(device))
 
@@ -2021,10 +2030,11 @@ def main(argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        status, message = 1, f"out of memory with --batch-size {args.batch_size}"
-        if "padded_bytes" in args:
-            message += f"; the padded images alone take {args.padded_bytes / 2**20:.0f} MiB"
-        message += ". Try a smaller batch, fewer or smaller images"
+        status = 1
+        message = (
+            f"out of memory with --batch-size {args.batch_size}. Try a smaller batch, fewer or "
+            "smaller images"
+        )
     except BrokenPipeError:
         # `| head` has what it wanted. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,8 +4,9 @@
 #
 # Makes the results table: METHODS x SEEDS at one setting, and their teachers, which are rows of it,
 # too. Finished runs are skipped, unfinished ones continue. Relative paths are those of the folder
-# from which it is called; EXTRA is split at spaces. Copies of this script that share RUNS divide the runs among them: each run is made
-# by the copy that locks its folder first. Change what it does from the environment:
+# from which it is called; EXTRA is split at spaces. Copies of this script that share RUNS divide
+# the runs among them: each run is made by the copy that locks its folder first. Change what it
+# does from the environment:
 #
 #   ./run_all.sh                                                   ResNet-32, 200 epochs, 3 seeds
 #   TEACHER=resnet20 STUDENT=resnet20 EPOCHS=30 ./run_all.sh       a quicker setting

@@ -687,7 +687,7 @@ def made_up(per_class, imb, stride=1):
     counts = data.class_counts(10, per_class, imb)
     rows = data.long_tail_indices(targets, counts)
     images = images[rows, :, ::stride, ::stride]
-    return data.Dataset("synthetic", images, targets[rows], *test, counts, "")
+    return data.Dataset(images, targets[rows], *test, counts, "")
 
 
 @pytest.fixture(scope="module")
@@ -1778,7 +1778,7 @@ def outcome(runs):
 def config_of(text, digest="0" * 16):
     """The Config of a command line."""
     args = kd_lt.parse_flags(shlex.split(text))
-    return kd_lt.make_config(args, data.Dataset("", *[None] * 4, [], digest), "bf16")
+    return kd_lt.make_config(args, data.Dataset(*[None] * 4, [], digest), "bf16")
 
 
 # ---- what the README says and the methods do
@@ -1979,7 +1979,7 @@ def test_groups_are_by_training_count_and_absent_when_empty():
 
     tests = torch.zeros(6, 3, 32, 32), torch.tensor([0, 0, 1, 2, 3, 3])
     for counts, groups in (([101, 20, 19, 100, 5], [50, 50, 0]), ([200] * 5, [37.5, None, None])):
-        part = data.Dataset("", None, None, *tests, counts, "")
+        part = data.Dataset(None, None, *tests, counts, "")
         scores = kd_lt.evaluate(Fixed(), part, torch.device("cpu"), "fp32")
         assert [scores[key] for key in ("many", "medium", "few")] == groups
         assert scores["top1"] == approx(100 / 3) and scores["per_class"] == [50, 100, 0, 0, None]
@@ -2203,6 +2203,17 @@ def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, content):
     assert err.count(str(file)) == 1 and "Traceback" not in err
     status, _, err = main(["--table", tmp_path / "b"])
     assert status == 2 and err.count(str(file)) == 1
+
+
+def test_another_result_of_the_same_settings_is_named(tmp_path):
+    """Such as that of a GPU beside that of a CPU: the first counts, the other is not hidden."""
+    stored(tmp_path / "a", "--method ce", 38.0)
+    stored(tmp_path / "b", "--method ce", 38.5)
+    second = tmp_path / "b" / "result.json"
+    second.write_text(second.read_text().replace("80.0", "90.0"))
+    status, out, err = main(["--table", tmp_path])
+    assert status == 0 and "| ce | - | 1 | 38.00 |" in out
+    assert f"left out: {second}: another result" in err and "Traceback" not in err
 
 
 def test_a_table_without_runs_points_to_those_of_smoke(tmp_path):
@@ -2913,9 +2924,8 @@ def test_out_of_memory_is_told_and_no_other_error_hidden(tiny, tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr(kd_lt, "train", failing)
-    monkeypatch.setattr(data.Batches, "padded_bytes", lambda images: 3 * 2**20)
     with contextlib.nullcontext() if known else pytest.raises(RuntimeError, match="mat1"):
-        message = "out of memory", "--batch-size 4", "padded images alone take 3 MiB"
+        message = "out of memory", "--batch-size 4", "smaller images"
         assert refused(flags(tiny, tmp_path, "--method ce"), *message)[0] == 1
 
 
@@ -2924,8 +2934,7 @@ def test_a_shortage_while_images_are_read_is_told(tiny, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(kd_lt, "load_dataset", failing)
-    status, err = refused(flags(tiny, tmp_path, "--method ce"), "out of memory", "smaller images")
-    assert status == 1 and "padded" not in err  # nothing is known of them yet
+    assert refused(flags(tiny, tmp_path, "--method ce"), "out of memory", "smaller images")[0] == 1
 
 
 def test_a_shortage_is_found_in_the_context_of_another_error():
@@ -2939,9 +2948,7 @@ def test_a_shortage_is_found_in_the_context_of_another_error():
         assert kd_lt.is_out_of_memory(error)
 
 
-def test_padded_bytes_are_those_of_the_batches():
+def test_an_unknown_sampler_is_refused():
     images = random_images(3, size=(16, 16))
-    batches = Batches(images, torch.arange(3), [1] * 3, 2, "cpu", "instance")
-    assert Batches.padded_bytes(images) == batches.windows.untyped_storage().nbytes()
     with pytest.raises(ValueError, match="sampler"):
         Batches(images, torch.arange(3), [1] * 3, 2, "cpu", "Class")
