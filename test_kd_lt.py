@@ -1871,7 +1871,7 @@ def test_readme_verdicts_follow_from_the_results(printed_results):
     _, rows = printed_results
     side = r"[|] ([^|]+), ([\w-]+): ([^|]+) "
     claims = re.findall(rf"{side}{side}[|] (\w+) [|]$", README, re.M)
-    assert len(claims) >= 3
+    assert len(claims) >= 4
     for name, key, shown, other_name, other_key, other_shown, verdict in claims:
         assert (shown, other_shown) == (rows[name][key], rows[other_name][other_key])
         assert rows[name]["n"] == rows[other_name]["n"] == "3"
