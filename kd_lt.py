@@ -1465,17 +1465,19 @@ def row_name(config: Config) -> str:
 
 def imbalance(config: Config) -> str:
     """How the classes were thinned. Unthinned, a file may still be imbalanced by nature."""
-    return f"imb {config.imb:g}" if config.imb != 1 else "not thinned"
-
-
-def setting_name(config: Config) -> str:
-    """What all rows of a table share, as its heading."""
-    words = [config.dataset, imbalance(config), config.network, f"{config.epochs} epochs"]
+    words = [f"imb {config.imb:g}" if config.imb != 1 else "not thinned"]
     if config.imb_type != Config.imb_type:
         words.append(config.imb_type)
     if config.subset_seed != Config.subset_seed:
         words.append(f"subset seed {config.subset_seed}")
-    return ", ".join([*words, config.precision])
+    return ", ".join(words)
+
+
+def setting_name(config: Config) -> str:
+    """What all rows of a table share, as its heading."""
+    epochs = f"{config.epochs} epochs"
+    words = [config.dataset, imbalance(config), config.network, epochs, config.precision]
+    return ", ".join(words)
 
 
 def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
@@ -1497,7 +1499,7 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
             except InputError as error:
                 left_out.append(str(error))
                 continue
-            # A run in two folders counts once. On two kinds of device it ends differently.
+            # A run in two folders counts once. Where two devices gave two results, the first does.
             first = runs.setdefault(run_name(result["config"]), result)
             if first["per_class"] != result["per_class"]:
                 left_out.append(f"{path}: another result of the same settings as {first['file']}")
@@ -1955,12 +1957,10 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
 
     counts = data.class_counts
     groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
-    thinned = imbalance(config)
-    thinned += f" ({config.imb_type})" if config.imb_type != Config.imb_type else ""
-    thinned += f" (subset seed {config.subset_seed})" if config.subset_seed else ""
     print(
-        f"data      {args.dataset}, {thinned}: {sum(counts):,} training images, {max(counts)}.."
-        f"{min(counts)} a class; {', '.join(groups)}; {len(data.test_targets):,} test images"
+        f"data      {args.dataset}, {imbalance(config)}: {sum(counts):,} training images, "
+        f"{max(counts)}..{min(counts)} a class; {', '.join(groups)}; "
+        f"{len(data.test_targets):,} test images"
     )
     without = sorted(set(range(len(counts))) - set(data.test_targets.tolist()))
     if without:

@@ -1855,7 +1855,8 @@ def test_readme_numbers_beside_the_published_ones_are_those_of_the_results(print
     out, rows = printed_results
     best = out.split("such numbers): ")[1].split(".\n")[0].split("; ")
     best = dict(re.fullmatch(r"(.+?) (\d+\.\d\d(?: ± \S+)?)", words).groups() for words in best)
-    fold = README.split("<summary>Published numbers")[1].replace("\u00a0", " ")
+    fold = README.split("<summary>Published numbers")[1].split("</details>")[0]
+    fold = fold.replace("\u00a0", " ")
     shown = re.findall(r"^[|] (\w+).*?: .*? [|] (\S+(?: ± \S+)?) [|] (.*?) [|]", fold, re.M)
     compared = []
     for method, last, best_tested in shown:
@@ -2203,6 +2204,18 @@ def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, content):
     assert err.count(str(file)) == 1 and "Traceback" not in err
     status, _, err = main(["--table", tmp_path / "b"])
     assert status == 2 and err.count(str(file)) == 1
+
+
+def test_headings_tell_how_the_data_was_thinned():
+    """A file that was not thinned may be imbalanced: it is not called imb 1."""
+    for text, words in (
+        ("cifar100", "cifar100, imb 100, resnet32"),
+        ("cifar10 --imb 50 --imb-type step", "cifar10, imb 50, step, resnet32"),
+        ("cifar10 --imb 50 --subset-seed 3", "cifar10, imb 50, subset seed 3, resnet32"),
+        ("mine.npz", "mine.npz, not thinned, resnet32"),
+    ):
+        heading = kd_lt.setting_name(config_of(f"--method ce --dataset {text}"))
+        assert heading == f"{words}, 200 epochs, bf16"
 
 
 def test_another_result_of_the_same_settings_is_named(tmp_path):
