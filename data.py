@@ -186,9 +186,9 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     result = []
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        problem = _image_problem(x) or _label_problem(y, len(x))
+        problem = _image_problem(f"x_{split}", x) or _label_problem(f"y_{split}", y, len(x))
         if problem:
-            raise InputError(f"{path}: {problem.format(x=f'x_{split}', y=f'y_{split}')}")
+            raise InputError(f"{path}: {problem}")
         channels_first = x if x.shape[1] == 3 else x.transpose(0, 3, 1, 2)
         result.append(torch.from_numpy(np.ascontiguousarray(channels_first)))
         result.append(torch.from_numpy(y.astype(np.int64)))
@@ -212,31 +212,32 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(result)
 
 
-def _image_problem(x: np.ndarray) -> str:
-    """What is wrong with a file's images, and the cure; "" where nothing is."""
+def _image_problem(name: str, x: np.ndarray) -> str:
+    """What is wrong with the images of this name, and the cure; "" where nothing is."""
     shape = tuple(x.shape)
     if x.ndim == 3 or (x.ndim == 4 and 1 in (shape[1], shape[3])):
-        return f"{{x}} holds grey images {shape}: repeat the channel, to (N, S, S, 3)"
+        return f"{name} holds grey images {shape}: repeat the channel, to (N, S, S, 3)"
     square = x.ndim == 4 and any(shape[1:] in ((3, s, s), (s, s, 3)) for s in range(16, 129))
     if not square:
-        return f"{{x}} must be (N, S, S, 3) or (N, 3, S, S) with S in 16..128, not {shape}"
+        return f"{name} must be (N, S, S, 3) or (N, 3, S, S) with S in 16..128, not {shape}"
     if len(x) == 0:
-        return "{x} is empty: at least one image is needed"
+        return f"{name} is empty: at least one image is needed"
     if x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1:
-        return f"{{x}} must be uint8, not {x.dtype}: multiply by 255, then .astype('uint8')"
+        return f"{name} must be uint8, not {x.dtype}: multiply by 255, then .astype('uint8')"
     if x.dtype != np.uint8:
-        return f"{{x}} must be uint8 of 0..255, not {x.dtype} of {x.min():g}..{x.max():g}"
+        found = f" of {x.min():g}..{x.max():g}" if x.dtype.kind in "iuf" else ""
+        return f"{name} must be uint8 of 0..255, not {x.dtype}{found}"
     return ""
 
 
-def _label_problem(y: np.ndarray, count: int) -> str:
-    """What is wrong with a file's labels of `count` images, and the cure; "" where nothing is."""
+def _label_problem(name: str, y: np.ndarray, count: int) -> str:
+    """What is wrong with the labels of this name, of `count` images; "" where nothing is."""
     if y.shape == (count, 1):
-        return f"{{y}} must be ({count},), not ({count}, 1): pass {{y}}[:, 0]"
+        return f"{name} must be ({count},), not ({count}, 1): pass {name}[:, 0]"
     if y.dtype.kind not in "iu" or y.shape != (count,):
-        return f"{{y}} must be {count} integers like {{x}}, not {y.dtype} {y.shape}"
+        return f"{name} must hold {count} integers, one an image, not {y.dtype} {y.shape}"
     if y.min() < 0:
-        return f"{{y}} holds the label {y.min()}; classes are 0, 1, 2, ..."
+        return f"{name} holds the label {y.min()}; classes are 0, 1, 2, ..."
     return ""
 
 

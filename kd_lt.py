@@ -127,6 +127,8 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
 
     student = at_least_float32(student_logits)
     target = target_logits.detach().to(student.dtype)
+    # exp(log_softmax), not softmax: the gradients are to the last bit those of a target given as
+    # its logarithm, with which the runs in .results were made.
     q = F.log_softmax(target / temperature, dim=1).exp()
     log_p = F.log_softmax(student / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, q, reduction="batchmean")
@@ -963,7 +965,7 @@ def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
     scores = [row.get(key) for key in ("train_top1", "top1", *GROUPS)]
     cells = ["-" if score is None else f"{score:.2f}" for score in scores]
     print(
-        f"{erase}{row['epoch']:>5}/{epochs:<3}{row['lr']:>8g}{row['loss']:>9.4f}"
+        f"{erase}{row['epoch']:>5}/{epochs:<3} {row['lr']:>7g} {row['loss']:>8.4f}"
         + "".join(f"{cell:>9}" for cell in cells)
         + f"{row['images_per_second']:>8}{duration(seconds_left):>8}",
         flush=True,
@@ -1919,7 +1921,10 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """The device and the precision of this run; what is asked for and is not there is an error."""
+    """The device and the precision of this run.
+
+    A GPU that is asked for and not there is an error, and so is bf16 on a GPU without it.
+    """
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device != "cpu" and not cuda:
         reason = "torch sees no GPU"
