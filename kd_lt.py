@@ -1102,7 +1102,9 @@ def run_name(config: Config) -> str:
         parts += ["from", "+".join(kinds)]
     if len(config.teachers) > 1:
         parts.append(f"x{len(config.teachers)}")
-    parts += [f"given-{t['checkpoint']}" for t in config.teachers if "checkpoint" in t]
+    given = [t["checkpoint"] for t in config.teachers if "checkpoint" in t]
+    if len(given) == 1:  # of several the digest alone tells: a file's name has 255 bytes at most
+        parts.append(f"given-{given[0]}")
     parts += [f"{key}{value}" for key, value in differs_from_default(config).items()]
 
     settings = json.dumps(asdict(config), sort_keys=True)
@@ -1320,7 +1322,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
 
 
 def given_teacher(path: str, config: Config) -> dict:
-    """What a --teacher-checkpoint is, after a check that it fits the student's data and head."""
+    """What a --teacher-checkpoint is, after a check that it fits the student's data and classifier."""
     if Path(path).suffix == ".json":
         raise InputError(
             f"--teacher-checkpoint {path}: expected is a run folder, or the last.pt in it"
@@ -1339,7 +1341,7 @@ def given_teacher(path: str, config: Config) -> dict:
                 problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
                 break
     elif teacher.head != config.head:
-        problem = f"its head is {teacher.head}, not {config.head}"
+        problem = f"its classifier is {teacher.head}, not {config.head}"
     elif content["epoch"] != teacher.epochs:
         problem = f"it stopped after epoch {content['epoch']} of {teacher.epochs}"
     elif (teacher.network, teacher.seed) == (config.network, config.seed):
@@ -1457,7 +1459,7 @@ def row_name(config: Config) -> str:
 
     for key, value in differs_from_default(config).items():
         if key == "head":
-            words.append(f"{value} head")
+            words.append(f"{value} classifier")
         elif key == "colour":
             words.append("distorted colours")
         elif key not in ("imb_type", "subset_seed"):  # those are in the heading

@@ -538,14 +538,17 @@ def test_a_class_that_the_teacher_rules_out_adds_nothing(name, mask):
     assert gradients["student_logits"].isfinite().all()
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "rectify_logits"])
 @pytest.mark.parametrize("shape", [(5,), (4, 5, 2, 2)], ids=["one image", "dense"])
 def test_logits_of_another_shape_are_refused(name, shape):
-    example = replace(
-        make_example(23), student_logits=torch.zeros(shape), teacher_logits=torch.zeros(shape)
-    )
+    logits, example = torch.zeros(shape), make_example(23)
     with pytest.raises(ValueError, match="logits"):
-        loss_of(name, example)
+        if name == "rectify_logits":
+            kd_lt.rectify_logits(logits, example.targets, example.class_counts)
+        elif name == "krdistill":  # its rectified_logits are good: made from teacher_logits
+            loss_of(name, replace(example, student_logits=logits))
+        else:
+            loss_of(name, replace(example, student_logits=logits, teacher_logits=logits))
 
 
 def test_a_bare_tensor_is_no_list_of_teachers():
@@ -2016,6 +2019,13 @@ ACTS = [  # other flags, a flag and its value, and the settings that it changes
 ]
 
 
+def test_every_setting_is_changed_by_a_flag_above():
+    """But for hyper, which is tested below, and what decides itself by dataset and method."""
+    changed = set().union(*(settings for *_, settings in ACTS))
+    decided = {"dataset", "method", "head", "colour", "hyper"}
+    assert changed == {field.name for field in fields(kd_lt.Config)} - decided
+
+
 @pytest.mark.parametrize("others, flag, value, settings", ACTS)
 def test_every_flag_acts_and_leaves_the_rest(tiny, others, flag, value, settings):
     a, b = settings_with_and_without(tiny, others, flag, value)
@@ -2072,6 +2082,16 @@ def test_run_names_of_the_published_default_stay():
     ]
     for changed in (replace(config, precision="fp32"), replace(config, data="0" * 16)):
         assert kd_lt.run_name(config) != kd_lt.run_name(changed)
+
+
+def test_a_run_with_many_given_teachers_has_a_name_that_fits_a_file_system():
+    teacher = {"network": "resnet32", "method": "ce", "head": "cosine", "colour": False}
+    config = config_of("--method cbd")
+    names = []
+    for n in (1, 20):
+        given = [teacher | {"checkpoint": f"{i:016x}"} for i in range(n)]
+        names.append(kd_lt.run_name(replace(config, teachers=given)))
+    assert f"given-{0:016x}" in names[0] and "x20" in names[1] and len(names[1]) < 200
 
 
 def test_default_starts_of_bkd_are_no_part_of_a_name():
@@ -2484,9 +2504,12 @@ def test_stopped_at_every_write(finished, tiny, tmp_path, monkeypatch, stop, sta
     def new(name):  # with its teacher
         return shutil.copytree(finished[0], tmp_path / name / finished[0].name).parent
 
-    text, fsync = "--method krdistill", os.fsync
-    finish(flags(tiny, new("whole"), text))
-    for n in range(7):  # config, log, twice a line and a checkpoint, result
+    text, fsync, writes = "--method krdistill", os.fsync, []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: writes.append(descriptor))
+        finish(flags(tiny, new("whole"), text))
+    assert len(writes) == 7  # config, log, twice a line and a checkpoint, result
+    for n in range(len(writes)):
         runs, calls = new(f"runs{n}"), []
 
         def failing(descriptor, calls=calls, n=n):
@@ -2762,7 +2785,6 @@ BAD = [  # a wrong command line, and what the message must name
     ("--alpha inf", "--alpha"),
     ("--alpha x", "--alpha"),
     ("--beta -1", "--beta"),
-    ("--beta 1", "--beta"),
     ("--beta nan", "--beta"),
     ("--bkd-start -0.1", "--bkd-start"),
     ("--bkd-start 1.1", "--bkd-start"),
@@ -2840,7 +2862,7 @@ def test_foreign_teacher(finished, failed, tiny, tmp_path):
     for teacher, text, reason in [
         (finish(flags(tiny, runs, "--method ce --imb 5"))[0], "", "its imb is 5.0, not 1.0"),
         (finish(flags(images, runs, "--method ce"))[0], "", "its data is .*, not "),
-        (finished[0], "--method cbd", "its head is linear, not cosine"),
+        (finished[0], "--method cbd", "its classifier is linear, not cosine"),
         (failed[0], "", "after epoch 1 of 2"),
         (finished[0] / "result.json", "", "expected is a run folder, or the last.pt"),
         (finished[0], "--seed 1000", "--seed"),  # the teacher's
