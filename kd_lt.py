@@ -1322,7 +1322,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
 
 
 def given_teacher(path: str, config: Config) -> dict:
-    """What a --teacher-checkpoint is, after a check that it fits the student's data and classifier."""
+    """What a --teacher-checkpoint is; it has to fit the student's data and classifier."""
     if Path(path).suffix == ".json":
         raise InputError(
             f"--teacher-checkpoint {path}: expected is a run folder, or the last.pt in it"
