@@ -1250,6 +1250,7 @@ def test_real_files(name, first, digest):
 def test_class_counts():
     assert data.class_counts(5, 100, 10, "step") == [100, 100, 10, 10, 10]
     assert data.class_counts(1, 100, 10) == [100]
+    assert data.class_counts(2, 100, 10) == [100, 10]
     assert data.class_counts(3, 7, 1) == data.class_counts(3, 7, 1, "step") == [7, 7, 7]
     for most in range(1, 200):  # at the limit, where 1 / imb rounds down for some
         for kind in ("exp", "step"):
@@ -2589,22 +2590,29 @@ def test_a_damaged_log_ends_no_resume(failed, tiny, tmp_path, log):
     file.write_text(file.read_text()[:-20] if log == "cut" else log)
     status, _, err = main(flags(tiny, runs, "--method ce"))
     assert status == 0 and f"{file} is damaged" in err and "Traceback" not in err
+    rows = kd_lt.read_log(file.parent)[1]
+    assert [row["epoch"] for row in rows] == [1, 2] and "loss" in rows[1]
     whole, _ = finish(flags(tiny, tmp_path / "whole", "--method ce"))
     weights = [as_bytes(dict(kd_lt.load_run(run).state_dict())) for run in (file.parent, whole)]
     assert weights[0] == weights[1]
 
 
 def test_a_teacher_that_changed_is_an_error(finished, tiny, tmp_path):
-    """But a last.pt of versions 1 and 2, which does not say who taught, is taken."""
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
     teacher, student = (runs / folder.name for folder in finished)
     (student / "result.json").unlink()
-    content = torch.load(student / "last.pt", weights_only=True)
-    taught_otherwise = content | {"teachers": ["0" * 16]}
-    torch.save(taught_otherwise, student / "last.pt")
-    status, err = refused(flags(tiny, runs, "--method kd"), student, "another teacher")
+    content = torch.load(teacher / "last.pt", weights_only=True)
+    content["student"]["conv1.weight"][0, 0, 0, 0] += 1
+    torch.save(content, teacher / "last.pt")
+    status, _ = refused(flags(tiny, runs, "--method kd"), student, "another teacher")
     assert status == 2
 
+
+def test_a_checkpoint_of_version_1_or_2_is_continued(finished, tiny, tmp_path):
+    """It does not say who taught, and has no batch counters."""
+    runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
+    student = runs / finished[1].name
+    content = torch.load(student / "last.pt", weights_only=True)
     new = ("teachers", "versions")
     old = {key: value for key, value in content.items() if key not in new}
     old["student"] = {k: v for k, v in old["student"].items() if "num_batches" not in k}
