@@ -1102,8 +1102,10 @@ def run_name(config: Config) -> str:
         parts += ["from", "+".join(kinds)]
     if len(config.teachers) > 1:
         parts.append(f"x{len(config.teachers)}")
+    # Many given teachers would make the name longer than a file system allows. Where there are
+    # several, the digest at the end of the name alone says which they are.
     given = [t["checkpoint"] for t in config.teachers if "checkpoint" in t]
-    if len(given) == 1:  # of several the digest alone tells: a file's name has 255 bytes at most
+    if len(given) == 1:
         parts.append(f"given-{given[0]}")
     parts += [f"{key}{value}" for key, value in differs_from_default(config).items()]
 
