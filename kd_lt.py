@@ -364,7 +364,7 @@ def rectify_features(
     a is one length for all classes: the teacher's own average.
 
     teacher_features  t, (B, D) float
-    targets           y, (B,) int64
+    targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
     class_means       m, (C, D) float
     prototypes        P, (C, D) float, of balanced_prototypes(class_means)
     Returns r, (B, D), rows of length 1, in float32 or float64. Raises ValueError for shapes that do
@@ -398,7 +398,7 @@ def rectify_logits(teacher_logits: Tensor, targets: Tensor, class_counts: Counts
     2022, arXiv 2112.14380) and, by a third party's re-implementation, CCKD (ICML 2024).
 
     teacher_logits    z_teacher, (B, C) float
-    targets           y, (B,) int64
+    targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
     class_counts      n, training images of each class, (C,), each at least 1
     Returns r, (B, C), in float32 or float64. Raises ValueError for shapes that do not agree. Our
     reconstruction.
