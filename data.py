@@ -3,8 +3,8 @@
 """Data sets as whole tensors, and the long-tailed CIFAR subsets that the literature trains on.
 
 Images are uint8 (N, 3, S, S), targets int64 (N,). S is 32, for own images a size from 16 to 128.
-To copy the published subset: class_counts, long_tail_indices and InputError. To copy Batches, with
-its class-balanced sampler: normalise, _normalisation, MEAN and STD as well, and for distorted
+To copy the published subset: long_tail_counts, long_tail_indices and InputError. To copy Batches,
+with its class-balanced sampler: normalise, _normalisation, MEAN and STD as well, and for distorted
 colours distort_colour and _colour_space.
 """
 
@@ -69,7 +69,7 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def class_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp") -> list[int]:
+def long_tail_counts(num_classes: int, max_count: int, imb: float, kind: str = "exp") -> list[int]:
     """Training images per class; class 0 has `max_count`, the last one 1 / `imb` of that.
 
     `exp` falls geometrically from class to class, `step` once, after the first half.
@@ -284,7 +284,7 @@ def load_dataset(
 
     counts = available = targets.bincount().tolist()
     if imb != 1 or not own_file:
-        counts = class_counts(len(available), max(available), imb, imb_type)
+        counts = long_tail_counts(len(available), max(available), imb, imb_type)
         rows = long_tail_indices(targets, counts, subset_seed)
         images, targets = images[rows], targets[rows]
 

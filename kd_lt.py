@@ -49,8 +49,8 @@ VERSION = "3.0.0"
 # | at least. No gradient reaches a teacher.                                                     |
 # |                                                                                              |
 # | To copy a loss, copy with it Counts, at_least_float32, as_counts and kl_to_target; cbd_loss  |
-# | needs only the second. Besides, bkd_loss needs effective_number_weights; dive_loss and       |
-# | krdistill_loss need balanced_softmax_loss. What prepares krdistill_loss's arguments,         |
+# | needs at_least_float32 alone. Besides, bkd_loss needs effective_number_weights; dive_loss    |
+# | and krdistill_loss need balanced_softmax_loss. What prepares krdistill_loss's arguments,     |
 # | balanced_prototypes, rectify_logits and rectify_features, stands before it.                  |
 # | Imports: math, Sequence, torch, F and Tensor.                                                |
 # |                                                                                              |
@@ -165,8 +165,8 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
 
         w_c = C v_c / sum_j v_j,    v_c = (1 - beta) / (1 - beta^n_c)
 
-    beta = 0 weighs all classes alike; towards 1 the weights approach 1 / n_c. The factor 1 - beta
-    cancels in w. expm1 stays exact where beta^n_c is near 1.
+    beta = 0 weighs all classes alike; with beta towards 1 the weights become proportional to
+    1 / n_c. The factor 1 - beta cancels in w. expm1 stays exact where beta^n_c is near 1.
 
     class_counts      n, (C,), each at least 1
     Returns (C,) of mean 1, in float32, or in the dtype of class_counts if that is a tensor or an
@@ -358,16 +358,16 @@ def rectify_features(
 ) -> Tensor:
     """Move each feature vector from its class's mean to its class's balanced place.
 
-        r = (t - m_y + a P_y) / |...|,    a = mean_c |m_c - mean_j m_j|
+        g = (h - m_y + a P_y) / |...|,    a = mean_c |m_c - mean_j m_j|
 
-    What distinguishes an image from its class (t - m_y) stays; where the class lies is replaced.
+    What distinguishes an image from its class (h - m_y) stays; where the class lies is replaced.
     a is one length for all classes: the teacher's own average.
 
-    teacher_features  t, (B, D) float
+    teacher_features  h, (B, D) float
     targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
     class_means       m, (C, D) float
     prototypes        P, (C, D) float, of balanced_prototypes(class_means)
-    Returns r, (B, D), rows of length 1, in float32 or float64. Raises ValueError for shapes that do
+    Returns g, (B, D), rows of length 1, in float32 or float64. Raises ValueError for shapes that do
     not agree. Our reconstruction.
     """
     if teacher_features.shape != targets.shape + prototypes.shape[1:]:
@@ -482,7 +482,7 @@ class Method:
     head: str = "linear"  # the classifier of student and teacher, or "cosine"
     uses: str = ""  # what its loss needs of the teachers' features: "features", "class means"
     many_teachers: bool = False  # whether --num-teachers may ask for several
-    learns_prior: bool = True  # its logits contain log pi; False: its loss or sampler balances
+    learns_prior: bool = True  # a plain CE puts log pi into its logits (bkd's KL takes some out)
 
 
 METHODS = {
@@ -606,16 +606,16 @@ class Trainer:
         _, _, widths, _ = NETWORKS[config.network]  # the channels of each stage
         student_width = widths[-1]
         teacher_width = sum(teacher.num_features for teacher in teachers)
-        self.network = {
+        self.network_arguments = {
             "name": config.network,
             "num_classes": len(data.class_counts),
             "head": config.head,
         }
         if method.uses == "features" and student_width != teacher_width:
-            self.network["projection"] = teacher_width  # as wide as all teachers together
+            self.network_arguments["projection"] = teacher_width  # as wide as all teachers together
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.student = ResNet(**self.network)
+            self.student = ResNet(**self.network_arguments)
             self.adapter = nn.Identity()
             if method.uses == "class means":
                 self.adapter = nn.Linear(student_width, teacher_width)
@@ -631,8 +631,8 @@ class Trainer:
         # it is slower (pytorch issue 44943).
         contiguous = device.type == "cuda" and config.precision == "fp32"
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
-        for network in (self.student, self.adapter, self.teachers):
-            network.to(device, memory_format=self.layout)
+        for module in (self.student, self.adapter, self.teachers):
+            module.to(device, memory_format=self.layout)
 
         # The optimizer. Its learning rate is a tensor, because a CUDA graph would keep a number as
         # it was when recorded. Its momentum is there from the start, because a graph cannot make
@@ -1143,10 +1143,11 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-# The keys that read demands, besides the settings: of a last.pt to rebuild its network, of one to
-# resume its run, and of a result.json.
-CHECKPOINT = ("network", "student", "epoch")
+# The keys that read demands of a file, besides the settings.
+CHECKPOINT = ("network", "student", "epoch")  # of a last.pt, to rebuild its network
+# Of a last.pt, to resume its run.
 RESUMABLE = (*CHECKPOINT, "adapter", "momentum", "generator", "seconds", "devices")
+# Of a result.json.
 RESULT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
 
 
@@ -1257,8 +1258,8 @@ def save(trainer: Trainer, folder: Path, progress: Progress) -> None:
     """Write folder/last.pt: all that the next epoch depends on, as plain tensors and numbers."""
     content = {
         "settings": asdict(trainer.config),
-        "network": trainer.network,
-        "teachers": trainer.teacher_digests,
+        "network": trainer.network_arguments,
+        "teachers": trainer.teacher_digests,  # of their weights; settings say which they are
         "epoch": progress.epochs,
         "seconds": progress.seconds,
         "devices": progress.devices,
@@ -1337,13 +1338,16 @@ def given_teacher(path: str, config: Config) -> dict:
 
     problem = ""
     if teacher.data != config.data:
-        problem = f"its data is {teacher.data}, not {config.data}"
+        problem = f"it was trained on other images (digest {teacher.data}, here {config.data})"
         for key in ("dataset", "imb", "imb_type", "subset_seed"):  # which of them is the reason?
             if getattr(teacher, key) != getattr(config, key):
                 problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
                 break
     elif teacher.head != config.head:
-        problem = f"its classifier is {teacher.head}, not {config.head}"
+        problem = (
+            f"its classifier is {teacher.head}, not {config.head}; a cosine classifier is in runs "
+            "of cbd and in their teachers, in no others"
+        )
     elif content["epoch"] != teacher.epochs:
         problem = f"it stopped after epoch {content['epoch']} of {teacher.epochs}"
     elif (teacher.network, teacher.seed) == (config.network, config.seed):
@@ -1389,8 +1393,9 @@ def run(
             }
             write_json(folder / "config.json", description)
 
-        # Teachers are runs, too. One has the student's Config but for the fields that are named in
-        # config.teachers: its network, method, head, colour and seed.
+        # Teachers are runs, too. One has the student's Config, but no teachers, the default
+        # hyperparameters of its own method, and the network, method, head, colour and seed that
+        # config.teachers names.
         paths = args.teacher_checkpoint
         if not paths:
             paths = []
@@ -1756,10 +1761,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("networks and teacher").add_argument
     add("--student", choices=NETWORKS, metavar="NET", default="resnet32",
         help=f"distilled, or trained alone; default resnet32. One of {networks}")
-    add("--teacher", choices=NETWORKS, metavar="NET",
+    add("--teacher", choices=NETWORKS, metavar="NET", default="resnet32",
         help="the network that teaches; default resnet32")
     add("--teacher-method", choices=alone, help="how it is trained; default ce, for dive bsce")
-    add("--num-teachers", type=count, metavar="K",
+    add("--num-teachers", type=count, metavar="K", default=1,
         help="of cbd; default 1. K // 2 of them see distorted colours")
     add("--teacher-checkpoint", nargs="+", metavar="RUN",
         help="finished runs, instead of training teachers")
@@ -1801,15 +1806,17 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     reports = "reports on finished runs (RUNS: run folders, or folders of runs)"
     add = parser.add_argument_group(reports).add_argument
     add("--table", nargs="*", metavar="RUNS",
-        help="print as Markdown; default: those in --runs-dir")
+        help="print as Markdown; default: the RUNS of --plot, or those in --runs-dir")
     add("--plot", nargs="+", metavar=("FILE", "RUNS"),
-        help="draw the named runs' accuracy from head to tail: .png, .svg, .pdf")
+        help="draw accuracy from head to tail: .png, .svg, .pdf; default: the RUNS of --table, "
+        "or those in --runs-dir")
     # fmt: on
 
     if "--smoke" in argv:
         parser.set_defaults(
             dataset="synthetic",
             student="resnet8",
+            teacher="resnet8",
             epochs=8,
             batch_size=64,
             runs_dir="runs/smoke",
@@ -1903,16 +1910,15 @@ def make_config(args: argparse.Namespace, data: Dataset, precision: str) -> Conf
         given = [given_teacher(path, config) for path in args.teacher_checkpoint]
         return replace(config, teachers=given)
 
-    total = args.num_teachers or 1
     teachers = [
         {
-            "network": args.teacher or ("resnet8" if args.smoke else "resnet32"),
+            "network": args.teacher,
             "method": args.teacher_method or method.teacher,
             "head": method.head,
             "seed": args.seed + 1000 * (k + 1),  # the student's seed would give the same start
-            "colour": k >= total - total // 2,  # the second half
+            "colour": k >= args.num_teachers - args.num_teachers // 2,  # the second half
         }
-        for k in range(total)
+        for k in range(args.num_teachers)
     ]
     return replace(config, teachers=teachers)
 
