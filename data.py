@@ -105,7 +105,7 @@ def long_tail_indices(targets: Tensor | np.ndarray, counts: list[int], seed: int
             )
         rng.shuffle(rows)
         chosen.append(rows[:count])
-    return torch.from_numpy(np.concatenate(chosen).astype(np.int64))
+    return torch.from_numpy(np.concatenate(chosen))
 
 
 def load_cifar(name: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -193,28 +193,29 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         result.append(torch.from_numpy(np.ascontiguousarray(channels_first)))
         result.append(torch.from_numpy(y.astype(np.int64)))
 
-    train_size, test_size = result[0].shape[-1], result[2].shape[-1]
+    x_train, y_train, x_test, y_test = result
+    train_size, test_size = x_train.shape[-1], x_test.shape[-1]
     if train_size != test_size:
         raise InputError(
             f"{path}: x_test has images of {test_size}x{test_size} pixels, x_train of "
             f"{train_size}x{train_size}: all must have one size"
         )
 
-    classes = set(result[1].tolist())
+    classes = set(y_train.tolist())
     for c in range(max(len(classes), 2)):
         if c not in classes:
             raise InputError(f"{path}: y_train has no image of class {c}; classes are 0, 1, 2, ...")
-    for label in result[3].tolist():
+    for label in y_test.tolist():
         if label not in classes:
             raise InputError(
                 f"{path}: y_test has class {label}, y_train only 0..{len(classes) - 1}"
             )
-    return tuple(result)
+    return x_train, y_train, x_test, y_test
 
 
 def _image_problem(name: str, x: np.ndarray) -> str:
     """What is wrong with the images of this name, and the cure; "" where nothing is."""
-    shape = tuple(x.shape)
+    shape = x.shape
     if x.ndim == 3 or (x.ndim == 4 and 1 in (shape[1], shape[3])):
         return f"{name} holds grey images {shape}: repeat the channel, to (N, S, S, 3)"
     square = x.ndim == 4 and any(shape[1:] in ((3, s, s), (s, s, 3)) for s in range(16, 129))
@@ -277,8 +278,10 @@ def load_dataset(
 
     if name in CIFAR_ARCHIVES:
         images, targets, *test = *load_cifar(name, root, True), *load_cifar(name, root, False)
-    elif own_file or name == "synthetic":
-        images, targets, *test = load_npz(name) if own_file else synthetic()
+    elif own_file:
+        images, targets, *test = load_npz(name)
+    elif name == "synthetic":
+        images, targets, *test = synthetic()
     else:
         raise InputError(f"--dataset must be cifar10, cifar100, synthetic or a .npz, not {name!r}")
 
@@ -371,7 +374,6 @@ class Batches:
         self,
         images: Tensor,
         targets: Tensor,
-        class_counts: list[int],
         batch_size: int,
         device: torch.device | str,
         sampler: str,
@@ -388,7 +390,7 @@ class Batches:
         self.windows = padded.unfold(1, size, 1).unfold(2, size, 1)
 
         self.targets = targets.cpu()
-        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+        counts = self.targets.bincount().double()
         self.weights = 1 / counts[self.targets] if sampler == "class" else None
 
         # The epoch's random numbers; position says how many of its images are used.

@@ -97,7 +97,7 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
             raise ValueError(
                 f"class_counts must be numbers of images, at least 1, not {class_counts}"
             )
-        counts = torch.tensor(numbers, dtype=torch.float64)
+        counts = torch.tensor(numbers, dtype=dtype)
 
     if counts.shape != logits.shape[1:]:
         raise ValueError(
@@ -447,12 +447,12 @@ def krdistill_loss(
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for shapes
     that do not agree and a temperature <= 0. Our reconstruction, from the abstract.
     """
-    target_logits = rectified_logits
     if student_features.shape != rectified_features.shape:
         raise ValueError(
             f"student_features has shape {tuple(student_features.shape)}, rectified_features "
             f"{tuple(rectified_features.shape)}"
         )
+    target_logits = rectified_logits
 
     bsce = balanced_softmax_loss(student_logits, targets, class_counts)
     l_lrd = kl_to_target(student_logits, target_logits, temperature)
@@ -637,14 +637,14 @@ class Trainer:
         # The optimizer. Its learning rate is a tensor, because a CUDA graph would keep a number as
         # it was when recorded. Its momentum is there from the start, because a graph cannot make
         # tensors that outlive it.
-        parameters = [*self.student.parameters(), *self.adapter.parameters()]
+        self.weights = [*self.student.parameters(), *self.adapter.parameters()]
         self.lr = torch.tensor(0.0, device=device)
         self.optimizer = torch.optim.SGD(
-            parameters, self.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True
+            self.weights, self.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True
         )
-        self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
-        for parameter, buffer in zip(parameters, self.momentum, strict=True):
-            self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.momentum = [torch.zeros_like(weight) for weight in self.weights]
+        for weight, buffer in zip(self.weights, self.momentum, strict=True):
+            self.optimizer.state[weight]["momentum_buffer"] = buffer
 
         # The batches, and what the losses need of the data. bkd_counts are what bkd_loss gets:
         # start_epoch puts the class counts there once BKD is to act.
@@ -652,21 +652,20 @@ class Trainer:
         self.batches = Batches(
             data.train_images,
             data.train_targets,
-            data.class_counts,
             config.batch_size,
             device,
             method.sampler,
             config.colour,
         )
         self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
-        self.bkd_counts = torch.ones_like(self.class_counts)
+        self.equal_counts = torch.ones_like(self.class_counts)
+        self.bkd_counts = self.equal_counts.clone()
         if method.uses == "class means":
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
             # Where the teacher learned no prior, equal counts leave its logits as they are.
             learns_prior = METHODS[config.teachers[0]["method"]].learns_prior
-            ones = torch.ones_like(self.class_counts)
-            self.prior_counts = self.class_counts if learns_prior else ones
+            self.prior_counts = self.class_counts if learns_prior else self.equal_counts
 
         # Sums over the images of an epoch. They stay on the device until the epoch is over.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -704,7 +703,7 @@ class Trainer:
             # Equal counts give equal weights: until it starts, BKD is KD. Shares are compared, not
             # epochs, because 0.55 * 100 is more than 55 in floating point.
             acts = epoch / self.config.epochs >= self.config.hyper["bkd_start"]
-            self.bkd_counts.copy_(self.class_counts if acts else torch.ones_like(self.bkd_counts))
+            self.bkd_counts.copy_(self.class_counts if acts else self.equal_counts)
         self.student.train()
         self.batches.shuffle(self.generator)
         self.loss_sum.zero_()
@@ -940,8 +939,7 @@ def train_epoch(trainer: Trainer, step: Callable[[int], None], epoch: int) -> di
 
 def check_finite(trainer: Trainer, row: dict, folder: Path) -> None:
     """Raise DivergedError where the epoch's loss, or a weight after it, is not finite."""
-    weights = [*trainer.student.parameters(), *trainer.adapter.parameters()]
-    finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
+    finite = torch.stack([weight.isfinite().all() for weight in trainer.weights]).all()
     if math.isfinite(row["loss"]) and finite:
         return
     raise DivergedError(
@@ -1194,11 +1192,7 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ..."""
     heading, rows = [], []
     try:
-        lines = (folder / "log.jsonl").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return heading, rows
-    for line in lines:
-        try:
+        for line in (folder / "log.jsonl").read_text().splitlines():
             row = json.loads(line)
             if not heading and "command" in row:
                 heading.append(row)
@@ -1206,8 +1200,8 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
                 rows.append(row)
             else:
                 break
-        except (ValueError, KeyError, TypeError):
-            break
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # unreadable from here on
     return heading, rows
 
 
@@ -1221,12 +1215,7 @@ def add_to_log(folder: Path, row: dict) -> None:
 
 def load_weights(network: nn.Module, saved: dict) -> None:
     """load_state_dict, for files without BatchNorm's batch counters, too (those of version 2)."""
-    counters = {
-        key: value
-        for key, value in network.state_dict().items()
-        if key.endswith("num_batches_tracked")
-    }
-    network.load_state_dict(counters | saved)
+    network.load_state_dict(dict(saved))  # from a plain dict BatchNorm lets them be missing
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
@@ -1250,7 +1239,7 @@ def weights_digest(model: nn.Module) -> str:
     sha256 = hashlib.sha256()
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            sha256.update(tensor.float().cpu().contiguous().numpy().tobytes())
+            sha256.update(tensor.float().cpu().numpy().tobytes())
     return sha256.hexdigest()[:16]
 
 
@@ -1277,7 +1266,6 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
 
     Raises InputError where last.pt is damaged, or was trained by other teachers than now.
     """
-    here = machine(trainer.device)
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
 
@@ -1298,9 +1286,9 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
 
         progress.epochs = content["epoch"]
         progress.seconds = content["seconds"]
-        progress.devices = list(content["devices"])
+        progress.devices = content["devices"]
         if "versions" in content:
-            progress.versions = list(content["versions"])
+            progress.versions = content["versions"]
         else:  # a last.pt of version 2, which is named in config.json, or of 1, which is nowhere
             begun = read(folder / "config.json", ())
             progress.versions = [begun.get("version", "1.0.0")]
@@ -1316,7 +1304,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
             rows += [{"epoch": epoch + 1} for epoch in range(len(rows), progress.epochs)]
         print(f"resumed   after epoch {progress.epochs} of {trainer.config.epochs}")
 
-    progress.devices = list(dict.fromkeys([*progress.devices, here]))
+    progress.devices = list(dict.fromkeys([*progress.devices, machine(trainer.device)]))
     progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
     # The log may be an epoch ahead of last.pt. That row is cut, because the epoch is run again.
     lines = [json.dumps(row) + "\n" for row in [*heading, *rows[: progress.epochs]]]
@@ -1637,8 +1625,7 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
 
     # The training images, on a logarithmic axis of their own, behind the lines.
     images = axes.twinx()
-    edges = range(num_classes + 1)
-    images.stairs(sorted(class_counts, reverse=True), edges, fill=True, color="0.9")
+    images.stairs(sorted(class_counts, reverse=True), fill=True, color="0.9")
     images.set(yscale="log", ylim=(0.8, None), ylabel="training images of a class (grey)")
     axes.set_zorder(images.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -1664,14 +1651,14 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
         axes.plot(
             middles,
             average,
-            color=f"C{i % 10}",
+            color=f"C{i}",
             linestyle=LINE_STYLES[i % 7],
             label=f"{name}, n = {len(results)}",
         )
         if len(results) > 1:
             band = seeds.std(0)
             axes.fill_between(
-                middles, average - band, average + band, color=f"C{i % 10}", alpha=0.2, linewidth=0
+                middles, average - band, average + band, color=f"C{i}", alpha=0.2, linewidth=0
             )
 
     axes.set(
@@ -1823,10 +1810,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         )
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    refuse_flags_without_effect(parser, args, given)
-    refuse_out_of_range(parser, args)
     if args.imb is None:
         args.imb = 1.0 if args.dataset.endswith(".npz") else 100.0
+    refuse_flags_without_effect(parser, args, given)
+    refuse_out_of_range(parser, args)
     args.command = shlex.join(["kd_lt.py", *argv])
     return args
 
@@ -1851,8 +1838,7 @@ def refuse_flags_without_effect(
     if args.teacher_checkpoint:
         for key in ("teacher", "teacher_method", "num_teachers"):
             because.setdefault(key, "beside --teacher-checkpoint")
-    whole_file = args.imb is None and args.dataset.endswith(".npz")
-    if args.imb == 1 or whole_file:
+    if args.imb == 1:
         because["imb_type"] = because["subset_seed"] = "with --imb 1 (the default of a .npz)"
     if args.plot or args.table is not None:
         # A report trains nothing: only these flags have an effect, whatever the method. --smoke has
@@ -1950,7 +1936,6 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
 
     if cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
-        torch.backends.cudnn.benchmark = True
         if args.precision == "bf16" and not has_bf16:
             raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has none; use fp32")
     else:
@@ -1959,6 +1944,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp32"
+    torch.backends.cudnn.benchmark = cuda
     torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
     return torch.device("cuda" if cuda else "cpu"), precision
 
@@ -1988,8 +1974,8 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
 
     print(f"student   {config.network}, {config.head} classifier, seed {config.seed}")
     for teacher in config.teachers:
-        origin = f"given: {teacher['checkpoint']}" if "checkpoint" in teacher else ""
-        origin = origin or f"seed {teacher['seed']}"
+        given = "checkpoint" in teacher
+        origin = f"given: {teacher['checkpoint']}" if given else f"seed {teacher['seed']}"
         colour = ", distorted colours" if teacher["colour"] else ""
         print(f"teacher   {teacher['network']} by {teacher['method']}, {origin}{colour}")
 

@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.extra = stride, channels - channels_in
         self.shortcut = None
-        if shortcut == "conv" and (stride != 1 or self.extra):
+        if shortcut == "conv" and self.extra:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )

@@ -1356,7 +1356,7 @@ def test_batches_are_crops_of_padded_images(count, size, pad, sampler):
     images, places = random_images(count, size=(size, size)), 2 * pad + 1
     targets = torch.arange(count).sqrt().long()  # classes of 1, 3, 5, ... images
     class_counts = targets.bincount().tolist()
-    batches = Batches(images, targets, class_counts, 8, "cpu", sampler)
+    batches = Batches(images, targets, 8, "cpu", sampler)
     assert batches.sizes == [8] * (count // 8) + [count % 8]
     g, same = generator(1), generator(1)
     for _ in range(2):  # every epoch anew
@@ -1380,8 +1380,7 @@ def test_batches_are_crops_of_padded_images(count, size, pad, sampler):
 def test_colours_are_drawn_last_and_no_global_generator_is_used():
     before, images = global_generators(), random_images(50)
     plain, coloured = (
-        Batches(images, torch.arange(50), [1] * 50, 12, "cpu", "instance", colour)
-        for colour in (False, True)
+        Batches(images, torch.arange(50), 12, "cpu", "instance", colour) for colour in (False, True)
     )
     for batches in (plain, coloured):
         batches.shuffle(generator(5))
@@ -1407,7 +1406,7 @@ def test_the_subset_and_the_batches_stand_alone():
     images, targets = random_images(8, size=(16, 16)), torch.arange(8) % 2
     drawn = []
     for kind in (Batches, copied["Batches"]):
-        batches = kind(images, targets, [4, 4], 8, "cpu", "class", colour=True)
+        batches = kind(images, targets, 8, "cpu", "class", colour=True)
         batches.shuffle(generator(0))
         drawn.append(batches.next(8))
     assert_close(drawn[0], drawn[1])
@@ -1778,7 +1777,7 @@ def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch
 
     seen = []
     monkeypatch.setattr(data, "long_tail_indices", lambda y, *own: torch.arange(len(y)))
-    monkeypatch.setattr(data, "class_counts", lambda *own: seen.append(own) or [1])
+    monkeypatch.setattr(data, "long_tail_counts", lambda *own: seen.append(own) or [1])
     whole = data.load_dataset("cifar10", tmp_path, 100)
     assert torch.equal(whole.test_images, images) and whole.test_targets.tolist() == [5, 9]
     assert len(whole.train_images) == 10 and seen == [(10, 5, 100, "exp")]
@@ -3225,4 +3224,4 @@ def test_a_shortage_is_found_in_the_context_of_another_error():
 def test_an_unknown_sampler_is_refused():
     images = random_images(3, size=(16, 16))
     with pytest.raises(ValueError, match="sampler"):
-        Batches(images, torch.arange(3), [1] * 3, 2, "cpu", "Class")
+        Batches(images, torch.arange(3), 2, "cpu", "Class")
