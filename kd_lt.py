@@ -17,6 +17,7 @@ The file is read from top to bottom:
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
@@ -1191,7 +1192,7 @@ def unreadable(path: Path) -> InputError:
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ..."""
     heading, rows = [], []
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the rest is unreadable
         for line in (folder / "log.jsonl").read_text().splitlines():
             row = json.loads(line)
             if not heading and "command" in row:
@@ -1200,8 +1201,6 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
                 rows.append(row)
             else:
                 break
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # unreadable from here on
     return heading, rows
 
 

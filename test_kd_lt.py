@@ -2026,6 +2026,16 @@ def test_readme_float32_number_is_that_of_the_results():
     assert f"with two threads: {single:.2f}, with bf16 {other:.2f} (" in README
 
 
+def test_readme_numbers_without_krdistills_features_are_those_of_the_results():
+    tops = {}
+    for path in (HERE / ".results").glob("*-krdistill-*/result.json"):
+        result = json.loads(path.read_text())
+        settings = result["settings"]
+        tops[settings["hyper"]["gamma"], settings["seed"]] = f"{result['top1']:.2f}"
+    with_features, without = (f"{tops[gamma, 0]} and {tops[gamma, 1]}" for gamma in (2, 0))
+    assert f"seeds 0 and 1 have {with_features} with it, {without} without," in README
+
+
 def test_readme_names_what_has_to_be_copied_with_a_loss_and_the_version():
     (line,) = re.findall("^A loss is one function.*", README, re.M)
     assert all(f"`{name}`" in line for name in HELPERS)
