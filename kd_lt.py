@@ -56,8 +56,8 @@ VERSION = "3.0.0"
 # | Imports: math, Sequence, torch, F and Tensor.                                                |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
-# | divergence from a target (krdistill adds a loss on features). Each shows the logits of its   |
-# | target in one line.                                                                          |
+# | divergence from a target (krdistill, our reconstruction, adds a loss on features). Each      |
+# | shows the logits of its target in one line.                                                  |
 # +----------------------------------------------------------------------------------------------+
 
 Counts = Sequence[float] | Tensor  # a number for each class; a NumPy array is taken, too
@@ -429,7 +429,7 @@ def krdistill_loss(
     alpha: float = 1.0,
     gamma: float = 2.0,
 ) -> Tensor:
-    """KRDistill: imitate a teacher whose logits and features were balanced (arXiv 2409.07694).
+    """KRDistill (arXiv 2409.07694), our reconstruction: imitate balanced logits and features.
 
         L     = CE(z + log pi, y) + alpha L_LRD + gamma L_RRD
         L_LRD = T^2 KL(softmax(r / T) || softmax(z / T)),    L_RRD = mean_B(1 - cos(f, g))
@@ -446,7 +446,7 @@ def krdistill_loss(
     targets             y, (B,) int64
     class_counts        training images of each class, (C,), each at least 1
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for shapes
-    that do not agree and a temperature <= 0. Our reconstruction, from the abstract.
+    that do not agree and a temperature <= 0.
     """
     if student_features.shape != rectified_features.shape:
         raise ValueError(
@@ -481,7 +481,9 @@ class Method:
     teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher, or "cosine"
-    uses: str = ""  # what its loss needs of the teachers' features: "features", "class means"
+    # How the student's features get the teachers' width, for a loss that compares them: "features",
+    # by a layer before the classifier; "class means", by a map beside it, with the means made, too.
+    uses: str = ""
     many_teachers: bool = False  # whether --num-teachers may ask for several
     learns_prior: bool = True  # a plain CE puts log pi into its logits (bkd's KL takes some out)
 
@@ -1159,6 +1161,8 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
     path = Path(path)
     if path.is_dir():
         path /= "last.pt"
+    if path.suffix == ".json" and "student" in needed:
+        raise InputError(f"{path}: no weights; expected is a run folder, or the last.pt in it")
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
@@ -1313,10 +1317,6 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
 
 def given_teacher(path: str, config: Config) -> dict:
     """What a --teacher-checkpoint is; it has to fit the student's data and classifier."""
-    if Path(path).suffix == ".json":
-        raise InputError(
-            f"--teacher-checkpoint {path}: expected is a run folder, or the last.pt in it"
-        )
     try:
         content = read(path, CHECKPOINT)
     except InputError as error:
@@ -1759,10 +1759,11 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=number(float, 1e-3, 100), metavar="T",
         help="softens the probabilities that are compared")
     add("--alpha", type=non_negative, metavar="X",
-        help="weight of distillation; krdistill: of its logits' part")
+        help="weight of distillation; krdistill (reconstruction): of its logits' part")
     add("--beta", type=non_negative, metavar="X",
         help="bkd: base of the effective numbers; cbd: weight of features")
-    add("--gamma", type=non_negative, metavar="X", help="krdistill: weight of the features' part")
+    add("--gamma", type=non_negative, metavar="X",
+        help="krdistill (reconstruction): weight of the features' part")
     add("--power", type=non_negative, metavar="X", help="dive: flattens the teacher")
     add("--bkd-start", type=number(float, 0, 1), metavar="X",
         help="bkd: share of the epochs before it acts; on cifar10 0.8")
@@ -1909,7 +1910,7 @@ def make_config(args: argparse.Namespace, data: Dataset, precision: str) -> Conf
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU computes in bf16. Where torch lacks these private functions: no."""
+    """Whether an x86 CPU computes in bf16. Where torch lacks these private functions: no."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     functions = [getattr(torch.cpu, name, None) for name in names]
     return any(function is not None and function() for function in functions)

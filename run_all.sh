@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
 #
-# Makes the results table: METHODS x SEEDS at one setting, and their teachers, which are rows of it,
-# too. Finished runs are skipped, unfinished ones continue. Relative paths are those of the folder
-# from which it is called; EXTRA is split at spaces. Copies of this script that share RUNS divide
-# the runs among them: each run is made by the copy that locks its folder first. Change what it
-# does from the environment:
+# Makes the results table: METHODS x SEEDS at one setting, and their teachers (in a table of their
+# own, where they have another network). Finished runs are skipped, unfinished ones continue.
+# Relative paths are those of the folder from which it is called; EXTRA is split at spaces. Copies
+# of this script that share RUNS divide the runs among them: each run is made by the copy that locks
+# its folder first. Change what it does from the environment:
 #
 #   ./run_all.sh                                                   ResNet-32, 200 epochs, 3 seeds
 #   TEACHER=resnet20 STUDENT=resnet20 EPOCHS=30 ./run_all.sh       a quicker setting
 #   METHODS=cbd EXTRA="--num-teachers 4" ./run_all.sh              one row more
 #   METHODS=kd EXTRA="--teacher-method bsce" ./run_all.sh          another
+#   METHODS=krdistill EXTRA="--gamma 0" ./run_all.sh               our reconstruction, logits alone
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
 #   for i in 1 2; do OMP_NUM_THREADS=1 ./run_all.sh & done; wait   a CPU with two cores
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
