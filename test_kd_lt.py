@@ -1503,13 +1503,22 @@ def test_forward(name, head, projection, size):
         maps = model.blocks(model.bn1(model.conv1(images)).relu())
         pooled = maps.mean((2, 3))
         expected = model.projection(pooled).relu() if projection else pooled
+        seen = []
+        model.blocks.register_forward_hook(lambda module, given, out: seen.append(out))
         with torch.autocast("cpu", torch.bfloat16):
-            assert {part.dtype for part in model(images)} == {torch.float32}  # the head has no bf16
+            half = model(images)
     assert maps.shape[2:] == (size // 4, size // 4)  # the last two stages halve it
     assert model.num_features == (projection or NETWORKS[name][2][-1])
     assert logits.shape == (3, 7) and features.shape == (3, model.num_features)
     assert_close(features, expected)
     assert_close(model.head(features), logits)
+
+    # In bf16 pooling and classifier are in float32: the maps are rounded, nothing after them.
+    assert seen[0].dtype == torch.bfloat16
+    assert {part.dtype for part in half} == {torch.float32}
+    pooled = seen[0].float().mean((2, 3))
+    with torch.no_grad():
+        assert_close(half.features, model.projection(pooled).relu() if projection else pooled)
 
 
 def test_initial_weights_are_kaiming_normal():
@@ -1750,6 +1759,28 @@ def test_download_adds_what_is_missing_only(mini, tmp_path, serve, capsys):
     assert images.shape == (10, 3, 32, 32) and (images[:2].numpy().reshape(2, -1) == first).all()
     serve(None)  # files that are there need no network
     assert data.load_cifar("cifar10", root, train=False)[1].tolist() == [5, 9]
+
+
+def test_a_download_makes_its_folders_and_no_half_file(mini, tmp_path, serve, monkeypatch):
+    def fail(*own):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    serve(packed(mini))
+    root = tmp_path / "a" / "b"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(InputError, match="No space left"):
+            data.load_cifar("cifar10", root, train=True)
+    assert not files(root)
+    data.load_cifar("cifar10", root, train=True)
+    assert files(root) == mini
+
+
+def test_the_archives_are_those_of_the_cifar_page():
+    page = "https://www.cs.toronto.edu/~kriz/"
+    addresses = [data.CIFAR_URL + archive for archive in data.CIFAR_ARCHIVES.values()]
+    assert [*data.CIFAR_ARCHIVES] == [*data.CIFAR_SHA256] == ["cifar10", "cifar100"]
+    assert addresses == [f"{page}cifar-{number}-python.tar.gz" for number in (10, 100)]
 
 
 def test_a_data_folder_one_level_too_deep_downloads_nothing(mini, tmp_path):
@@ -2100,6 +2131,23 @@ def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
     assert subprocess.run(["bash", script], env=failing, capture_output=True).returncode == 1
 
 
+@pytest.mark.parametrize("imb", ["", "50"])
+def test_run_all_asks_for_what_its_variables_say(imb):
+    given = {"PYTHON": "true", "METHODS": "bsce kd", "SEEDS": "0 1", "TEACHER": "resnet20"}
+    ended = subprocess.run(
+        ["bash", HERE / "run_all.sh"],
+        env={"PATH": os.environ["PATH"], "IMB": imb} | given,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    assert ended.stdout.splitlines() == [
+        f"+ true {HERE}/kd_lt.py --method {method} --dataset cifar100 --student resnet32 "
+        f"--epochs 200 --seed {seed} --runs-dir runs{' --imb 50' if imb else ''}{teacher}"
+        for seed in (0, 1)
+        for method, teacher in (("bsce", ""), ("kd", " --teacher resnet20"))
+    ] + [f"+ true {HERE}/kd_lt.py --table runs"]
+
+
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -2213,6 +2261,13 @@ def test_eager_reaches_the_training_and_a_failed_capture_is_told(tiny, tmp_path,
     for more, eager in (("", False), (" --eager", True)):
         status, err = refused(flags(tiny, tmp_path, "--method ce" + more), "try --eager")
         assert status == 1 and err.count("\n") == 1 and asked.pop() == eager
+
+
+def test_defaults_of_machine_and_folders():
+    args = kd_lt.parse_flags([])
+    machine = (args.device, args.precision, args.eager, args.eval_every)
+    assert machine == ("auto", "auto", False, None)
+    assert (args.data_dir, args.runs_dir) == ("data", "runs")
 
 
 def test_every_flag_about_the_data_reaches_the_loader(monkeypatch):
@@ -2398,6 +2453,14 @@ def test_table_averages_seeds_and_never_settings(tmp_path):
     assert "Best tested epoch" in long and f"{ce} 41.50 ± 0.71; {changed} 41.00" in long
 
 
+def test_the_lines_from_head_to_tail_average_the_seeds(tmp_path):
+    for seed in (0, 1):
+        stored(tmp_path / str(seed), f"--method ce --seed {seed}", 38.0)
+    file = tmp_path / "1" / "result.json"
+    file.write_text(file.read_text().replace("80.0", "90.0"))
+    assert re.search("^ce +85 +60 +-$", main(["--table", tmp_path])[1], re.M)
+
+
 OTHER_SETTINGS = [  # another value of each field of Config, for kd with its defaults
     ("dataset", "cifar10"),
     ("data", "1" * 16),
@@ -2440,14 +2503,20 @@ def test_runs_that_differ_in_more_than_seeds_are_two_rows(tmp_path, field, value
     assert len(set(rows)) == 2 or out.count("**") == 4  # by another name, or below another heading
 
 
-@pytest.mark.parametrize("content", ["{", '{"settings": {}}', "without few"])
+@pytest.mark.parametrize(
+    "content", ["{", '{"settings": {}}', "without few", "another method", "another network"]
+)
 def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, content):
     stored(tmp_path / "a", "--method ce", 38.0)
     stored(tmp_path / "b", "--method ce --seed 1", 42.0)
     file = tmp_path / "b" / "result.json"
+    whole = json.loads(file.read_text())
     if content == "without few":
-        whole = json.loads(file.read_text())
-        content = json.dumps({key: value for key, value in whole.items() if key != "few"})
+        del whole["few"]
+        content = json.dumps(whole)
+    if content.startswith("another"):
+        whole["settings"][content.split()[1]] = "mine"
+        content = json.dumps(whole)
     file.write_text(content)
     status, out, err = main(["--table", tmp_path])
     assert status == 0 and "| ce | - | 1 | 38.00 |" in out
@@ -2919,6 +2988,18 @@ def test_the_same_images_under_another_name_may_teach(finished, tiny, tmp_path):
     renamed = shutil.copy(tiny, tmp_path / "renamed.npz")
     text = f"--method kd --seed 3 --teacher-checkpoint {finished[0]}"
     finish(flags(renamed, tmp_path / "runs", text))
+
+
+def test_a_given_teacher_is_known_by_its_bytes(finished, tmp_path):
+    config = replace(kd_lt.read(finished[1] / "result.json", ())["config"], seed=3)
+    copied = shutil.copytree(finished[0], tmp_path / "copy")
+    first, second = (
+        kd_lt.given_teacher(path, config)["checkpoint"] for path in (finished[0], copied)
+    )
+    content = torch.load(copied / "last.pt", weights_only=True)
+    content["student"]["conv1.weight"][0] += 1
+    torch.save(content, copied / "last.pt")
+    assert first == second != kd_lt.given_teacher(copied, config)["checkpoint"]
 
 
 def test_a_closed_output_ends_quietly():
