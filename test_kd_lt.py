@@ -829,6 +829,7 @@ def test_the_step_is_the_plain_step(setting, small):
                     v.mul_(0.9).add_(g + 0.2 * p)
                     p.sub_(0.002 * (epoch + 1) / 5 * v)
             assert (trainer.loss_sum.item() - before) / len(y) == approx(loss.item(), rel=1e-5)
+            assert not trainer.loss_sum.requires_grad  # or it would hold every step's graph
             ours = [trainer.student, trainer.adapter, *trainer.teachers]
             for network, same in zip(ours, plain.networks, strict=True):
                 assert_close(network.state_dict(), same.state_dict(), rtol=1e-5, atol=1e-5)
@@ -1479,6 +1480,16 @@ def test_header_table(name, layers, ten, hundred, width):
     ]
     assert len(weighted) == int(layers)
     assert model.num_features == model.head.in_features == int(width)
+
+
+def test_resnet_32_has_the_published_69_million_multiplications():
+    """So many only where padding and strides are right, which no number of weights shows."""
+    stages = 10 * 16**2 * 32**2 + (16 * 32 + 9 * 32**2) * 16**2 + (32 * 64 + 9 * 64**2) * 8**2
+    with FlopCounterMode(display=False) as flops:
+        ResNet("resnet32", 10)(torch.zeros(1, 3, 32, 32))
+    assert (
+        flops.get_total_flops() == 2 * (9 * (3 * 16 * 32**2 + stages) + 64 * 10) == 2 * 68_862_592
+    )
 
 
 @pytest.mark.parametrize("size", [16, 32, 40])
@@ -2185,6 +2196,14 @@ def test_one_epoch_on_real_cifar_100(tmp_path):
     assert json.loads((folder / "result.json").read_text())["top1"] > 2
 
 
+def test_images_are_tested_in_parts_and_no_graph_is_kept():
+    sizes, model = [], ResNet("resnet8", 3)
+    model.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    images = torch.zeros(20, 3, 128, 128, dtype=torch.uint8)
+    output = kd_lt.predict(model, images, torch.device("cpu"), "fp32")
+    assert sizes == [15, 5] and len(output.logits) == 20 and not output.logits.requires_grad
+
+
 def test_groups_are_by_training_count_and_absent_when_empty():
     class Fixed(torch.nn.Module):
         def forward(self, images):
@@ -2268,6 +2287,7 @@ def test_defaults_of_machine_and_folders():
     machine = (args.device, args.precision, args.eager, args.eval_every)
     assert machine == ("auto", "auto", False, None)
     assert (args.data_dir, args.runs_dir) == ("data", "runs")
+    assert kd_lt.parse_flags(["--smoke"]).runs_dir == "runs/smoke"
 
 
 def test_every_flag_about_the_data_reaches_the_loader(monkeypatch):
@@ -2609,6 +2629,14 @@ def test_plot_draws_a_line_a_row_with_its_own_colour_and_style(tmp_path):
     assert [heights.min(), heights.max()] == approx([60, 85 + math.sqrt(50)])  # of 80 and 90
     assert axes.get_title() == heading and "0" * 16 not in heading
 
+    # A hundred classes in parts of five, and more rows than line styles.
+    result = {"class_counts": [*range(1, 101)], "per_class": [float(c) for c in range(100)]}
+    axes = figure.add_subplot()
+    kd_lt.draw_head_to_tail(axes, "", {f"row {i}": [result] for i in range(8)})
+    assert axes.lines[-1].get_xdata()[[0, -1]].tolist() == [2.5, 97.5]
+    assert axes.lines[-1].get_ydata()[[0, -1]].tolist() == [97, 2]  # of classes 99..95 and 4..0
+    assert figure.axes[-1].patches[0].get_data().values.tolist() == [*range(100, 0, -1)]
+
 
 # ---- the same numbers again
 
@@ -2634,6 +2662,7 @@ def test_same_numbers_again(twice):
         assert all("top1" in row for row in tested) and "top1" not in rows[0]
         assert rows == [{k: row[k] for k in rows[i]} for i, row in enumerate(tested)]
         assert rows[-1]["top1"] == result["top1"] == approx(np.mean(result["per_class"]))
+        assert all(rows[-1][group] == result[group] for group in kd_lt.GROUPS)
     assert len({str([row["loss"] for row in one[1]]) for one in first.values()}) == networks
 
 
@@ -2674,6 +2703,8 @@ def test_progress_is_shown_in_place_on_a_terminal_alone(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("\r\033[K    1/200")  # the progress gives way
     kd_lt.print_epoch(row | {"lr": 0.003125}, 200, 90.0)
     assert "1/200 0.003125 " in capsys.readouterr().out
+    kd_lt.print_epoch(row | {"top1": 7.0, "many": 8.0}, 200, 90.0)
+    assert "5.00     7.00     8.00        -        -" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -2792,9 +2823,10 @@ def test_stopped_at_every_write(finished, tiny, tmp_path, monkeypatch, stop, sta
 
     text, fsync, writes = "--method krdistill", os.fsync, []
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: writes.append(descriptor))
+        patch.setattr(os, "fsync", lambda descriptor: writes.append(os.fstat(descriptor).st_size))
         finish(flags(tiny, new("whole"), text))
     assert len(writes) == 7  # config, log, twice a line and a checkpoint, result
+    assert all(writes) and writes[1] < writes[2] < writes[4]  # each is whole when it is synced
     for n in range(len(writes)):
         runs, calls = new(f"runs{n}"), []
 
@@ -3013,6 +3045,13 @@ def test_a_closed_output_ends_quietly():
     without_output = shlex.join(map(str, program)) + " >&-"
     ended = subprocess.run(["bash", "-c", without_output], capture_output=True)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_an_output_without_a_plus_minus_sign_still_gets_a_table():
+    program = [sys.executable, HERE / "kd_lt.py", "--table", HERE / ".results"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(program, env=environment, capture_output=True)
+    assert ended.returncode == 0 and b" ? " in ended.stdout
 
 
 def test_the_recorded_command_is_what_a_shell_takes_back(tiny, tmp_path):
@@ -3267,6 +3306,9 @@ def test_bf16_needs_a_card_that_has_it(monkeypatch):
         args = kd_lt.parse_flags(["--precision", asked])
         assert kd_lt.choose_device(args) == (torch.device("cuda"), found)
         assert torch.backends.cudnn.allow_tf32 == (found == "bf16")  # fp32 means fp32
+        assert torch.backends.cudnn.benchmark
+    args = kd_lt.parse_flags(["--device", "cpu", "--precision", "fp32"])
+    assert kd_lt.choose_device(args) == (torch.device("cpu"), "fp32")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *own: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *own: "T4")
     refused(["--smoke", "--precision", "bf16"], "--precision bf16")
