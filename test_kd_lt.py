@@ -1669,6 +1669,11 @@ def test_npz_thinned(tmp_path):
         ({"x_train": np.full((12, 32, 32, 3), "red")}, "x_train must be uint8 of 0..255, not <U3$"),
         ({"x_train": np.zeros((12, 32, 32, 3), "M8[s]")}, "x_train must be uint8 .*not datetime64"),
         ({"y_train": np.zeros(12, [("a", int)])}, r"y_train must hold 12 integers.*'a'"),
+        ({"x_train": np.full((12, 32, 32, 3), -1.0)}, r"of 0..255, not float64 of -1..-1$"),
+        ({"x_train": np.zeros((12, 3072), np.uint8)}, r"x_train .*16..128, not \(12, 3072\)"),
+        ({"x_train": np.zeros((12, 32, 48, 3), np.uint8)}, r"x_train .*not \(12, 32, 48, 3\)"),
+        ({"y_train": np.eye(3, dtype=int)[[0, 1, 2] * 4]}, r"hold 12 integers.* int64 \(12, 3\)"),
+        ({"y_train": np.array([0, 1, 3] * 4)}, "no image of class 2"),
     ],
 )
 def test_npz_bad_content(tmp_path, changes, message):
@@ -1799,6 +1804,17 @@ def test_a_data_folder_one_level_too_deep_downloads_nothing(mini, tmp_path):
     with pytest.raises(InputError, match=f"{FOLDER}: name the folder above it"):
         data.load_cifar("cifar10", tmp_path / FOLDER, train=True)
     assert files(tmp_path) == mini
+
+
+def test_a_link_that_leads_nowhere_is_kept(mini, tmp_path, serve):
+    serve(packed(mini))
+    put(mini, tmp_path)
+    link = tmp_path / FOLDER / "data_batch_3"
+    link.unlink()
+    link.symlink_to(tmp_path / "not mounted")
+    with pytest.raises(InputError, match="data_batch_3"):
+        data.load_cifar("cifar10", tmp_path, train=True)
+    assert link.is_symlink()
 
 
 def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch):
@@ -2374,6 +2390,8 @@ def test_run_names_of_the_published_default_stay():
     ]
     for changed in (replace(config, precision="fp32"), replace(config, data="0" * 16)):
         assert kd_lt.run_name(config) != kd_lt.run_name(changed)
+    thinned = kd_lt.run_name(config_of("--method ce --imb-type step --subset-seed 3"))
+    assert thinned.startswith("cifar100-imb100-ce-resnet32-imb_typestep-subset_seed3-e200-s0-")
 
 
 def test_a_run_with_many_given_teachers_has_a_name_that_fits_a_file_system():
@@ -2481,6 +2499,15 @@ def test_the_lines_from_head_to_tail_average_the_seeds(tmp_path):
     assert re.search("^ce +85 +60 +-$", main(["--table", tmp_path])[1], re.M)
 
 
+def test_a_part_from_head_to_tail_is_the_mean_of_its_classes(capsys):
+    result = dict.fromkeys(("top1", *kd_lt.GROUPS), 50.0) | {"config": config_of("--method ce")}
+    result |= {"class_counts": [*range(1, 21)], "per_class": [4.0 * c for c in range(20)]}
+    kd_lt.print_rows({"ce": [result]})
+    out = capsys.readouterr().out
+    assert re.search("^training images +39 .* 3$", out, re.M)  # in parts of two classes
+    assert re.search("^ce +74 .* 2$", out, re.M)
+
+
 OTHER_SETTINGS = [  # another value of each field of Config, for kd with its defaults
     ("dataset", "cifar10"),
     ("data", "1" * 16),
@@ -2575,10 +2602,14 @@ def test_a_table_without_runs_points_to_those_of_smoke(tmp_path):
     assert "smoke" not in refused(["--table", tmp_path / "smoke" / "a" / "b"])[1].split("a/b")[1]
 
 
-@pytest.mark.parametrize("log", ["", "{", '{"command": ""}\n', '{"command": ""}\n{"epoch": 2}\n'])
+@pytest.mark.parametrize(
+    "log", ["", "{", '{"command": ""}\n', '{"command": ""}\n{"epoch": 2}\n', "gone"]
+)
 def test_a_damaged_log_ends_no_table(tmp_path, log):
     stored(tmp_path / "a", "--method ce", 38.0)
     (tmp_path / "a" / "log.jsonl").write_text(log)
+    if log == "gone":
+        (tmp_path / "a" / "log.jsonl").unlink()
     status, out, err = main(["--table", tmp_path])
     assert status == 0 and "| ce | - | 1 | 38.00 |" in out
     assert f"{tmp_path / 'a' / 'log.jsonl'} is damaged" in err
@@ -2900,11 +2931,13 @@ def test_a_class_without_test_images_is_told(tmp_path):
     assert "no test image of class 1: its accuracy" in out
 
 
-@pytest.mark.parametrize("log", ["", "{", '{"command": "x"}\n', "cut"])
+@pytest.mark.parametrize("log", ["", "{", '{"command": "x"}\n', "cut", "gone"])
 def test_a_damaged_log_ends_no_resume(failed, tiny, tmp_path, log):
     runs = shutil.copytree(failed[0].parent, tmp_path / "runs")  # stopped after epoch 1 of 2
     file = runs / failed[0].name / "log.jsonl"
     file.write_text(file.read_text()[:-20] if log == "cut" else log)
+    if log == "gone":
+        file.unlink()
     status, _, err = main(flags(tiny, runs, "--method ce"))
     assert status == 0 and f"{file} is damaged" in err and "Traceback" not in err
     rows = kd_lt.read_log(file.parent)[1]
@@ -3013,7 +3046,8 @@ def test_partial_files_are_new_and_old_ones_go(failed, tiny, tmp_path, monkeypat
 
 def test_a_teacher_of_the_same_seed_and_another_network_may_teach(finished, tiny, tmp_path):
     text = f"--method kd --seed 1000 --student resnet14 --teacher-checkpoint {finished[0]}"
-    finish(flags(tiny, tmp_path, text + " --epochs 1"))
+    folder, _ = finish(flags(tiny, tmp_path, text + " --epochs 1"))
+    assert "-kd-resnet14-from-resnet8-ce-given-" in folder.name
 
 
 def test_the_same_images_under_another_name_may_teach(finished, tiny, tmp_path):
@@ -3237,7 +3271,9 @@ def test_damaged_teacher(finished, tiny, tmp_path):
     [
         ("student", "last.pt", b"bad"),
         ("student", "last.pt", "cut"),
+        ("student", "last.pt", "without a weight"),
         ("teacher", "last.pt", "cut"),
+        ("teacher", "last.pt", "without a weight"),
         ("student", "result.json", "cut"),
     ],
 )
@@ -3245,7 +3281,12 @@ def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
     teacher, student = finished
     runs = shutil.copytree(teacher.parent, tmp_path / "runs")
     file = runs / {"teacher": teacher, "student": student}[role].name / name
-    file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
+    if content == "without a weight":
+        whole = torch.load(file, weights_only=True)
+        del whole["student"]["conv1.weight"]
+        torch.save(whole, file)
+    else:
+        file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
     if name == "last.pt":  # else the result alone is read
         (runs / student.name / "result.json").unlink()
     before, argv = files(runs), flags(tiny, runs, "--method kd")
@@ -3336,10 +3377,10 @@ def test_out_of_memory_is_told_and_no_other_error_hidden(tiny, tmp_path, monkeyp
 
 
 def test_a_shortage_while_images_are_read_is_told(tiny, tmp_path, monkeypatch):
-    def failing(*own):
+    def failing(*own, **named):
         raise MemoryError
 
-    monkeypatch.setattr(kd_lt, "load_dataset", failing)
+    monkeypatch.setattr(np, "load", failing)
     assert refused(flags(tiny, tmp_path, "--method ce"), "out of memory", "smaller images")[0] == 1
 
 
