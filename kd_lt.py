@@ -71,11 +71,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     """The training images of each class as a float tensor (C,) on the device of the logits (B, C).
 
-    A list, tuple or array is checked: C finite numbers of at least 1. The values in a tensor are
-    trusted, because to look at them would make the CPU wait for the GPU and break torch.compile:
-    pass a tensor under torch.compile(fullgraph=True). The result has the dtype of the logits, or
-    float32 for half precision. Counts in a float64 tensor stay float64, unless they have to be
-    moved to another device: not every device has float64.
+    A list, tuple or array is checked: C finite numbers of at least 1. Other kinds are refused,
+    because their order may not be that of the classes. The values in a tensor are trusted, because
+    to look at them would make the CPU wait for the GPU and break torch.compile: pass a tensor under
+    torch.compile(fullgraph=True). The result has the dtype of the logits, or float32 for half
+    precision. Counts in a float64 tensor stay float64, unless they have to be moved to another
+    device: not every device has float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -88,12 +89,19 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
         if counts.device == logits.device:
             dtype = torch.promote_types(dtype, counts.dtype)
     else:
+        # The items of a dict, of Counter(labels).values() or of a pandas Series are numbers, too,
+        # but need not be in the order of the classes.
+        is_list = isinstance(class_counts, Sequence) and not isinstance(class_counts, str)
+        is_numpy = hasattr(class_counts, "__array_interface__")
         try:
-            if isinstance(class_counts, (dict, set, frozenset, str)):
-                raise TypeError  # float() could read their items, but not in the order of classes
+            if not (is_list or is_numpy):
+                raise TypeError
             numbers = [float(count) for count in class_counts]
         except (TypeError, ValueError):
-            raise ValueError(f"class_counts must be C numbers, not {class_counts}") from None
+            raise ValueError(
+                "class_counts must be C numbers in a list, tuple, array or tensor, in the order of "
+                f"the classes, not {class_counts}"
+            ) from None
         if not all(1 <= number < math.inf for number in numbers):
             raise ValueError(
                 f"class_counts must be numbers of images, at least 1, not {class_counts}"
