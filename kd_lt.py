@@ -1127,7 +1127,8 @@ def run_name(config: Config) -> str:
 def lock(folder: Path, wait: bool):
     """Make the folder and lock it until the returned file is closed or the process ends.
 
-    Where another process holds it: wait for that one, or raise FolderBusyError.
+    Where another process holds it: wait for that one, or raise FolderBusyError. Raises InputError
+    where the file system cannot lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")  # noqa: SIM115  closed by the `with` of the caller
@@ -1145,6 +1146,11 @@ def lock(folder: Path, wait: bool):
             raise FolderBusyError(f"{busy}: wait for it, or use another --runs-dir") from None
         print(f"kd_lt.py: {busy}, waiting", file=sys.stderr)
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:  # for example of a network file system
+        file.close()
+        raise InputError(
+            f"{folder}: its file system cannot lock ({error.strerror}); use another --runs-dir"
+        ) from None
     return file
 
 
@@ -1275,13 +1281,20 @@ def save(trainer: Trainer, folder: Path, progress: Progress) -> None:
 def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     """Load folder/last.pt if it is there, bring log.jsonl to the same epoch; returns the progress.
 
-    Raises InputError where last.pt is damaged, or was trained by other teachers than now.
+    Raises InputError where last.pt is damaged or gone, or was trained by other teachers than now.
     """
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
 
     progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
     heading, rows = [{"command": command}], []
+    old_heading, old_rows = read_log(folder)
+    # The first row can be there without last.pt, because it is written before.
+    if not (folder / "last.pt").exists() and len(old_rows) > 1:
+        raise InputError(
+            f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
+            "this run's whole folder away to train it anew"
+        )
     if (folder / "last.pt").exists():
         content = read(folder / "last.pt", RESUMABLE)
         if content.get("teachers", trainer.teacher_digests) != trainer.teacher_digests:
@@ -1304,8 +1317,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
             begun = read(folder / "config.json", ())
             progress.versions = [begun.get("version", "1.0.0")]
 
-        old_heading, rows = read_log(folder)
-        heading = old_heading or heading
+        heading, rows = old_heading or heading, old_rows
         if len(rows) < progress.epochs:
             print(
                 f"kd_lt.py: {folder / 'log.jsonl'} is damaged: rows after epoch {len(rows)} are "
@@ -1397,7 +1409,15 @@ def run(
             for teacher in config.teachers:
                 hyper = default_hyper(teacher["method"], config.dataset)
                 teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
-                paths.append(run(teacher_config, data, args, device, role="teacher"))
+                path = run(teacher_config, data, args, device, role="teacher")
+                # In a folder that was copied in two parts, result.json can be ahead of last.pt.
+                epoch = read(path, CHECKPOINT)["epoch"]
+                if epoch != config.epochs:
+                    raise InputError(
+                        f"{path}: result.json is of epoch {config.epochs}, but last.pt of epoch "
+                        f"{epoch}. Copy the folder anew, or delete result.json to train on"
+                    )
+                paths.append(path)
         teachers = [load_run(path, device) for path in paths]
         tested_teachers = [
             about | evaluate(teacher, data, device, config.precision)
@@ -1953,7 +1973,10 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp32"
     torch.backends.cudnn.benchmark = cuda
-    torch.backends.cudnn.allow_tf32 = precision == "bf16"  # fp32 means fp32
+    # fp32 means fp32, not TF32, a coarser form that GPUs have. In a bf16 run, too, the classifiers
+    # are in fp32; some containers switch TF32 on for them, by an environment variable.
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if cuda else "cpu"), precision
 
 
@@ -2049,7 +2072,9 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell reports of a program that was ended by a closed pipe
     except OSError as error:
-        status, message = 1, f"{error.filename or args.runs_dir}: {error.strerror or error}"
+        # A failed write does not say which file it was.
+        place = error.filename or f"{args.runs_dir}, or where the output goes"
+        status, message = 1, f"{place}: {error.strerror or error}"
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             print()  # below the progress of the epoch

@@ -16,7 +16,10 @@
 #   DATASET=cifar10 IMB=50 SEEDS="0 1 2 3 4" ./run_all.sh          another setting
 #   for i in 1 2; do OMP_NUM_THREADS=1 ./run_all.sh & done; wait   a CPU with two cores
 #   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu ./run_all.sh > gpu$gpu.log & done; wait
-#   EXTRA="--device cuda" sbatch --array=0-7 --gpus=1 run_all.sh   Slurm; all nodes share RUNS
+#   EXTRA="--device cuda --precision bf16" sbatch --array=0-7 --gpus=1 run_all.sh         Slurm
+#
+# With Slurm all nodes share RUNS, on a file system that locks between nodes (not all do), and
+# --precision keeps GPUs of different kinds at the same runs.
 set -uo pipefail
 METHODS=${METHODS:-kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-} EPOCHS=${EPOCHS:-200}

@@ -9,6 +9,7 @@ changes nothing. Real CIFAR is used where it lies in ./data or in the folder KD_
 import contextlib
 import copy
 import errno
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -3007,6 +3008,51 @@ def test_a_teacher_that_changed_is_an_error(finished, tiny, tmp_path, changed):
     assert status == 2
 
 
+def test_a_finished_teacher_with_weights_of_an_earlier_epoch_teaches_nobody(
+    finished, tiny, tmp_path
+):
+    """As in a folder that was copied before the teacher was finished, and completed after."""
+    teacher = shutil.copytree(finished[0], tmp_path / "runs" / finished[0].name)
+    content = torch.load(teacher / "last.pt", weights_only=True)
+    torch.save(content | {"epoch": 1}, teacher / "last.pt")
+    words = "result.json is of epoch 2, but last.pt of epoch 1"
+    assert refused(flags(tiny, teacher.parent, "--method kd"), teacher, words)[0] == 2
+    (teacher / "result.json").unlink()
+    _, out = finish(flags(tiny, teacher.parent, "--method kd"))
+    assert "resumed   after epoch 1 of 2" in out
+
+
+def test_a_log_without_its_checkpoint_is_not_overwritten(finished, tiny, tmp_path):
+    student = shutil.copytree(finished[1], tmp_path / "runs" / finished[1].name)
+    shutil.copytree(finished[0], tmp_path / "runs" / finished[0].name)
+    (student / "result.json").unlink()
+    (student / "last.pt").unlink()
+    before = files(student)
+    argv = flags(tiny, student.parent, "--method kd")
+    assert refused(argv, student / "last.pt", "is gone")[0] == 2
+    assert files(student).items() >= before.items()
+
+
+def test_a_file_system_that_cannot_lock_is_told(tiny, tmp_path, monkeypatch):
+    def failing(*own):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    status, err = refused(flags(tiny, tmp_path, "--method ce"), "cannot lock (Function not")
+    assert status == 2 and "--runs-dir" in err
+
+
+def test_an_output_that_is_full_is_not_blamed_on_the_runs_alone():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, HERE / "kd_lt.py", "--table", HERE / ".results"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 1 and "or where the output goes: No space left" in ended.stderr
+
+
 def test_a_checkpoint_of_version_1_or_2_is_continued(finished, tiny, tmp_path):
     """It does not say who taught, and has no batch counters."""
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
@@ -3394,9 +3440,11 @@ def test_bf16_needs_a_card_that_has_it(monkeypatch):
         ((9, 0), "bf16", "bf16"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *own, card=card: card)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as some containers have it
         args = kd_lt.parse_flags(["--precision", asked])
         assert kd_lt.choose_device(args) == (torch.device("cuda"), found)
         assert torch.backends.cudnn.allow_tf32 == (found == "bf16")  # fp32 means fp32
+        assert not torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cudnn.benchmark
     args = kd_lt.parse_flags(["--device", "cpu", "--precision", "fp32"])
     assert kd_lt.choose_device(args) == (torch.device("cpu"), "fp32")
