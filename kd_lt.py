@@ -71,12 +71,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     """The training images of each class as a float tensor (C,) on the device of the logits (B, C).
 
-    A list, tuple or array is checked: C finite numbers of at least 1. Other kinds are refused,
-    because their order may not be that of the classes. The values in a tensor are trusted, because
-    to look at them would make the CPU wait for the GPU and break torch.compile: pass a tensor under
-    torch.compile(fullgraph=True). The result has the dtype of the logits, or float32 for half
-    precision. Counts in a float64 tensor stay float64, unless they have to be moved to another
-    device: not every device has float64.
+    A list, tuple or array is checked: C finite numbers of at least 1. Anything else but a tensor is
+    refused, because its order may not be that of the classes. The values in a tensor are trusted,
+    because to look at them would make the CPU wait for the GPU and break torch.compile: pass a
+    tensor under torch.compile(fullgraph=True). The result has the dtype of the logits, or float32
+    for half precision. Counts in a float64 tensor stay float64, unless they have to be moved to
+    another device: not every device has float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -1289,7 +1289,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
     heading, rows = [{"command": command}], []
     old_heading, old_rows = read_log(folder)
-    # The first row can be there without last.pt, because it is written before.
+    # A single row can be there without last.pt: an epoch writes its row first.
     if not (folder / "last.pt").exists() and len(old_rows) > 1:
         raise InputError(
             f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
@@ -1974,7 +1974,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
         precision = "bf16" if has_bf16 else "fp32"
     torch.backends.cudnn.benchmark = cuda
     # fp32 means fp32, not TF32, a coarser form that GPUs have. In a bf16 run, too, the classifiers
-    # are in fp32; some containers switch TF32 on for them, by an environment variable.
+    # are in fp32; some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which would make them TF32.
     torch.backends.cudnn.allow_tf32 = precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if cuda else "cpu"), precision
@@ -2075,6 +2075,10 @@ def main(argv: list[str]) -> int:
         # A failed write does not say which file it was.
         place = error.filename or f"{args.runs_dir}, or where the output goes"
         status, message = 1, f"{place}: {error.strerror or error}"
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would fail once more when it flushes at its end, with status 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             print()  # below the progress of the epoch

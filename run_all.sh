@@ -19,7 +19,7 @@
 #   EXTRA="--device cuda --precision bf16" sbatch --array=0-7 --gpus=1 run_all.sh         Slurm
 #
 # With Slurm all nodes share RUNS, on a file system that locks between nodes (not all do), and
-# --precision keeps GPUs of different kinds at the same runs.
+# --precision keeps GPUs of different kinds at the same runs: fp32, where one of them has no bf16.
 set -uo pipefail
 METHODS=${METHODS:-kd cbd dive bkd krdistill} SEEDS=${SEEDS:-0 1 2}
 DATASET=${DATASET:-cifar100} IMB=${IMB:-} EPOCHS=${EPOCHS:-200}
