@@ -489,8 +489,9 @@ class Method:
     teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher, or "cosine"
-    # How the student's features get the teachers' width, for a loss that compares them: "features",
-    # by a layer before the classifier; "class means", by a map beside it, with the means made, too.
+    # What a loss that compares features needs. "features": a layer before the classifier gives the
+    # student's the width of the teachers'. "class means": a linear map beside the classifier does,
+    # and the mean of the teacher's features over each class is computed, too.
     uses: str = ""
     many_teachers: bool = False  # whether --num-teachers may ask for several
     learns_prior: bool = True  # a plain CE puts log pi into its logits (bkd's KL takes some out)
@@ -547,6 +548,11 @@ def default_hyper(method: str, dataset: str) -> dict[str, float]:
     if method == "bkd" and dataset == "cifar10":
         hyper["bkd_start"] = 0.8
     return hyper
+
+
+def printed_name(method: str) -> str:
+    """The method's name in all that is printed, where krdistill is called a reconstruction."""
+    return "krdistill (reconstruction)" if method == "krdistill" else method
 
 
 @dataclass(frozen=True)
@@ -612,8 +618,8 @@ class Trainer:
         # The loss's own arguments. bkd_start is none of them: start_epoch acts on it.
         self.hyper = {key: value for key, value in config.hyper.items() if key != "bkd_start"}
 
-        # The student, and krdistill's map from its features to the teacher's. The weights are
-        # drawn on the CPU, so that a seed starts alike on every device.
+        # The student, and for krdistill (our reconstruction) the map from its features to the
+        # teacher's. The weights are drawn on the CPU, so that a seed starts alike on every device.
         _, _, widths, _ = NETWORKS[config.network]  # the channels of each stage
         student_width = widths[-1]
         teacher_width = sum(teacher.num_features for teacher in teachers)
@@ -1211,7 +1217,7 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ..."""
     heading, rows = [], []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the rest is unreadable
-        for line in (folder / "log.jsonl").read_text().splitlines():
+        for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
             row = json.loads(line)
             if not heading and "command" in row:
                 heading.append(row)
@@ -1313,7 +1319,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
         progress.devices = content["devices"]
         if "versions" in content:
             progress.versions = content["versions"]
-        else:  # a last.pt of version 2, which is named in config.json, or of 1, which is nowhere
+        else:  # a last.pt of version 2, which config.json names, or of 1, where it has no "version"
             begun = read(folder / "config.json", ())
             progress.versions = [begun.get("version", "1.0.0")]
 
@@ -1381,7 +1387,7 @@ def run(
     """
     folder = Path(args.runs_dir) / run_name(config)
     result_file = folder / "result.json"
-    title = f"{role:<9} {config.network}, {config.method}, seed {config.seed}"
+    title = f"{role:<9} {config.network}, {printed_name(config.method)}, seed {config.seed}"
     finished = f"{title}: finished before, not trained again; {folder}"
     if result_file.exists():  # so that reading it needs no right to write
         print(finished, flush=True)
@@ -1460,18 +1466,16 @@ def spread(values: list) -> str:
 
 def teacher_names(teachers: list[dict], network: str) -> str:
     """How the teachers were trained; their network is named where it is not the student's."""
-    names = (
-        t["method"] if t["network"] == network else f"{t['network']} {t['method']}"
-        for t in teachers
-    )
+    names = []
+    for teacher in teachers:
+        name = printed_name(teacher["method"])
+        names.append(name if teacher["network"] == network else f"{teacher['network']} {name}")
     return " + ".join(dict.fromkeys(names))
 
 
 def row_name(config: Config) -> str:
     """The method, and in words what differs from its defaults."""
-    words = [config.method]
-    if config.method == "krdistill":
-        words = ["krdistill (reconstruction)"]
+    words = [printed_name(config.method)]
     if len(config.teachers) > 1:
         words.append(f"{len(config.teachers)} teachers")
     names = teacher_names(config.teachers, config.network)
@@ -2001,14 +2005,15 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
 
     defaults = default_hyper(config.method, config.dataset)
     hyper = [show(key, value, defaults[key]) for key, value in config.hyper.items()]
-    print(f"method    {config.method}" + (f": {', '.join(hyper)}" if hyper else ""))
+    print(f"method    {printed_name(config.method)}" + (f": {', '.join(hyper)}" if hyper else ""))
 
     print(f"student   {config.network}, {config.head} classifier, seed {config.seed}")
     for teacher in config.teachers:
         given = "checkpoint" in teacher
         origin = f"given: {teacher['checkpoint']}" if given else f"seed {teacher['seed']}"
         colour = ", distorted colours" if teacher["colour"] else ""
-        print(f"teacher   {teacher['network']} by {teacher['method']}, {origin}{colour}")
+        name = printed_name(teacher["method"])
+        print(f"teacher   {teacher['network']} by {name}, {origin}{colour}")
 
     steps = math.ceil(sum(counts) / config.batch_size)
     recipe = [
@@ -2035,7 +2040,7 @@ def train_and_report(args: argparse.Namespace) -> None:
     print(f"result    {folder}, test accuracy in % after the last epoch\n")
     rows = {}
     for i, teacher in enumerate(result["teachers"], start=1):
-        rows[f"teacher {i}, {teacher['method']}"] = [teacher]
+        rows[f"teacher {i}, {printed_name(teacher['method'])}"] = [teacher]
     print_rows(rows | {row_name(config): [result]})
 
 

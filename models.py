@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.extra = stride, channels - channels_in
         self.shortcut = None
-        if shortcut == "conv" and self.extra:
+        if shortcut == "conv" and (stride != 1 or self.extra):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
@@ -54,7 +54,8 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(out))
         if self.shortcut is not None:
             x = self.shortcut(x)
-        elif self.extra:  # option A: every second pixel, zeros for the new channels on both sides
+        elif self.stride != 1 or self.extra:
+            # Option A: every second pixel, and zeros for the new channels on both sides.
             x = F.avg_pool2d(x, 1, self.stride)  # a slice's gradient would leave channels_last
             x = F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
         return F.relu(out + x)
