@@ -51,8 +51,9 @@ VERSION = "3.0.0"
 # |                                                                                              |
 # | To copy a loss, copy with it Counts, at_least_float32, as_counts and kl_to_target; cbd_loss  |
 # | needs at_least_float32 alone. Besides, bkd_loss needs effective_number_weights; dive_loss    |
-# | and krdistill_loss need balanced_softmax_loss. What prepares krdistill_loss's arguments,     |
-# | balanced_prototypes, rectify_logits and rectify_features, stands before it.                  |
+# | and krdistill_loss (our reconstruction) need balanced_softmax_loss. What prepares the        |
+# | arguments of the latter, balanced_prototypes, rectify_logits and rectify_features, stands    |
+# | before it.                                                                                   |
 # | Imports: math, Sequence, torch, F and Tensor.                                                |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |

@@ -2130,7 +2130,8 @@ def test_readme_float32_number_is_that_of_the_results():
     half = HERE / ".results" / "cifar100-imb100-ce-resnet32-e200-s1000-40ae7c4b" / "result.json"
     assert json.loads((path.parent / "config.json").read_text())["settings"]["seed"] == 1000
     single, other = (json.loads(file.read_text())["top1"] for file in (path, half))
-    assert f"with two threads: {single:.2f}, with bf16 {other:.2f} (" in README
+    assert f"ce with seed 1000: {single:.2f} in float32 with" in README
+    assert f", {other:.2f} in bf16 with one, which decides nothing" in README
 
 
 def test_readme_numbers_of_the_smaller_network_are_those_of_the_results():
@@ -2239,6 +2240,19 @@ def test_run_all_asks_for_what_its_variables_say(imb):
         for seed in (0, 1)
         for method, teacher in (("bsce", ""), ("kd", " --teacher resnet20"))
     ] + [f"+ true {HERE}/kd_lt.py --table runs"]
+
+
+def test_readme_command_for_three_seeds_of_one_method():
+    (line,) = re.findall(r"^.*run_all\.sh$", SHELL, re.M)
+    ended = subprocess.run(
+        ["bash", "-c", line],
+        env={"PATH": os.environ["PATH"], "PYTHON": "true"},
+        cwd=HERE,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    begun = re.findall(r"--method (\w+) .*--seed (\d) ", ended.stdout)
+    assert (ended.returncode, begun) == (0, [("bkd", seed) for seed in "012"])
 
 
 @pytest.mark.parametrize(
