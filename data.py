@@ -176,6 +176,7 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types for damaged files
+        # NumPy takes a file that is neither .npz nor .npy for a pickle, and says no more than that.
         is_foreign = key == "the file" and "pickle" in str(error)
         reason = "it is no .npz file" if is_foreign else error
         raise InputError(
@@ -298,7 +299,10 @@ def load_dataset(
     return Dataset(images, targets, *test, counts, sha256.hexdigest()[:16])
 
 
+# The constants of the two functions below are kept on each device, because a CUDA graph cannot hold
+# a copy from the CPU. The decorator keeps them usable by autograd, whoever asks first.
 @functools.cache
+@torch.inference_mode(False)
 def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """scale and shift (3, 1, 1) that turn 0..255 into mean 0, standard deviation 1."""
     mean = torch.tensor(MEAN).view(3, 1, 1)
@@ -313,6 +317,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _colour_space(device: torch.device) -> tuple[Tensor, Tensor]:
     """luma (3,), the weights of a pixel's brightness; a quarter turn of its hue (3, 3), in YIQ."""
     yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

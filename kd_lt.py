@@ -95,14 +95,14 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
         is_list = isinstance(class_counts, Sequence) and not isinstance(class_counts, str)
         is_numpy = hasattr(class_counts, "__array_interface__")
         try:
-            if not (is_list or is_numpy):
-                raise TypeError
-            numbers = [float(count) for count in class_counts]
+            numbers = [float(count) for count in class_counts] if is_list or is_numpy else []
         except (TypeError, ValueError):
+            numbers = []
+        if not numbers:
             raise ValueError(
                 "class_counts must be C numbers in a list, tuple, array or tensor, in the order of "
                 f"the classes, not {class_counts}"
-            ) from None
+            )
         if not all(1 <= number < math.inf for number in numbers):
             raise ValueError(
                 f"class_counts must be numbers of images, at least 1, not {class_counts}"
@@ -125,7 +125,7 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
     "batchmean" sums over the classes and takes the mean over the images, as the definition of the
     divergence has it; plain "mean" would divide by C, too. The target is passed on as a
     probability, not as its logarithm, so that a class of probability 0 adds 0. It receives no
-    gradient, and is computed in the student's dtype.
+    gradient, and is computed in the student's dtype, or in float32 for half precision.
     """
     if student_logits.ndim != 2 or student_logits.shape != target_logits.shape:
         raise ValueError(
@@ -137,8 +137,7 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
 
     student = at_least_float32(student_logits)
     target = target_logits.detach().to(student.dtype)
-    # exp(log_softmax), not softmax: the gradients are to the last bit those of a target given as
-    # its logarithm, with which the runs in .results were made.
+    # This is softmax(target / T). Written so, it is rounded as in the runs of .results.
     q = F.log_softmax(target / temperature, dim=1).exp()
     log_p = F.log_softmax(student / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, q, reduction="batchmean")
@@ -179,9 +178,9 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     1 / n_c. The factor 1 - beta cancels in w. expm1 stays exact where beta^n_c is near 1.
 
     class_counts      n, (C,), each at least 1
-    Returns (C,) of mean 1, in float32, or in the dtype of class_counts if that is a tensor or an
-    array of floats. Raises ValueError for class_counts of another shape, for a count below 1
-    that is not in a tensor (see as_counts) and for a beta outside [0, 1).
+    Returns (C,) of mean 1, in float64 if class_counts is a tensor or an array of that dtype, else
+    in float32. Raises ValueError for class_counts of another shape, for a count below 1 that is not
+    in a tensor (see as_counts) and for a beta outside [0, 1).
     """
     counts = torch.as_tensor(class_counts)
     if counts.ndim != 1:
@@ -192,7 +191,7 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
 
     log_beta = math.log(beta) if beta > 0 else -math.inf
-    v = 1 / -torch.expm1(counts * log_beta)
+    v = 1 / -torch.expm1(at_least_float32(counts) * log_beta)
     return v / v.mean()
 
 
@@ -495,7 +494,7 @@ class Method:
     # and the mean of the teacher's features over each class is computed, too.
     uses: str = ""
     many_teachers: bool = False  # whether --num-teachers may ask for several
-    learns_prior: bool = True  # a plain CE puts log pi into its logits (bkd's KL takes some out)
+    learns_prior: bool = True  # whether its logits hold log pi, which rectify_logits subtracts
 
 
 METHODS = {
@@ -621,24 +620,22 @@ class Trainer:
 
         # The student, and for krdistill (our reconstruction) the map from its features to the
         # teacher's. The weights are drawn on the CPU, so that a seed starts alike on every device.
-        _, _, widths, _ = NETWORKS[config.network]  # the channels of each stage
-        student_width = widths[-1]
-        teacher_width = sum(teacher.num_features for teacher in teachers)
+        teacher_width = sum(teacher.num_features for teacher in teachers)  # of all, side by side
         self.network_arguments = {
             "name": config.network,
             "num_classes": len(data.class_counts),
             "head": config.head,
+            "projection": teacher_width if method.uses == "features" else 0,
         }
-        if method.uses == "features" and student_width != teacher_width:
-            self.network_arguments["projection"] = teacher_width  # as wide as all teachers together
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.student = ResNet(**self.network_arguments)
             self.adapter = nn.Identity()
             if method.uses == "class means":
-                self.adapter = nn.Linear(student_width, teacher_width)
+                self.adapter = nn.Linear(self.student.num_features, teacher_width)
 
-        # The teachers. Their convolutions are cast once; autocast would cast them in every step.
+        # The teachers, frozen. Their convolutions are cast once; autocast would cast them in every
+        # step. From here on they need autocast: these are the caller's networks, not copies.
         self.teacher_digests = [weights_digest(teacher) for teacher in teachers]
         self.teachers = nn.ModuleList(teachers).eval().requires_grad_(False)
         for module in self.teachers.modules():
@@ -702,7 +699,6 @@ class Trainer:
             "generator": self.generator.get_state(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Copy a state_dict into the trainer's own tensors, which keep their place in memory."""
         load_weights(self.student, state["student"])
@@ -1022,7 +1018,8 @@ def predict(model: ResNet, images: Tensor, device: torch.device, precision: str)
     for part in images.split(pixels_a_part // images.shape[-1] ** 2):
         with mixed_precision(device, precision):
             outputs.append(model(normalise(part.to(device))))
-    return Output(*map(torch.cat, zip(*outputs, strict=True)))
+    logits, features = zip(*outputs, strict=True)
+    return Output(torch.cat(logits), torch.cat(features))
 
 
 def evaluate(model: ResNet, data: Dataset, device: torch.device, precision: str) -> dict:
@@ -1294,14 +1291,8 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
         stale.unlink()
 
     progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
-    heading, rows = [{"command": command}], []
-    old_heading, old_rows = read_log(folder)
-    # A single row can be there without last.pt: an epoch writes its row first.
-    if not (folder / "last.pt").exists() and len(old_rows) > 1:
-        raise InputError(
-            f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
-            "this run's whole folder away to train it anew"
-        )
+    heading, rows = read_log(folder)
+    heading = heading or [{"command": command}]
     if (folder / "last.pt").exists():
         content = read(folder / "last.pt", RESUMABLE)
         if content.get("teachers", trainer.teacher_digests) != trainer.teacher_digests:
@@ -1324,7 +1315,6 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
             begun = read(folder / "config.json", ())
             progress.versions = [begun.get("version", "1.0.0")]
 
-        heading, rows = old_heading or heading, old_rows
         if len(rows) < progress.epochs:
             print(
                 f"kd_lt.py: {folder / 'log.jsonl'} is damaged: rows after epoch {len(rows)} are "
@@ -1333,10 +1323,15 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
             )
             rows += [{"epoch": epoch + 1} for epoch in range(len(rows), progress.epochs)]
         print(f"resumed   after epoch {progress.epochs} of {trainer.config.epochs}")
+    elif len(rows) > 1:  # one row can be there without last.pt: an epoch writes its row first
+        raise InputError(
+            f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
+            "this run's whole folder away to train it anew"
+        )
 
     progress.devices = list(dict.fromkeys([*progress.devices, machine(trainer.device)]))
     progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
-    # The log may be an epoch ahead of last.pt. That row is cut, because the epoch is run again.
+    # The log may be an epoch ahead of last.pt. That row is cut, because its epoch is run again.
     lines = [json.dumps(row) + "\n" for row in [*heading, *rows[: progress.epochs]]]
     write_whole(folder / "log.jsonl", "".join(lines).encode())
     return progress
@@ -1407,24 +1402,9 @@ def run(
             }
             write_json(folder / "config.json", description)
 
-        # Teachers are runs, too. One has the student's Config, but no teachers, the default
-        # hyperparameters of its own method, and the network, method, head, colour and seed that
-        # config.teachers names.
-        paths = args.teacher_checkpoint
-        if not paths:
-            paths = []
-            for teacher in config.teachers:
-                hyper = default_hyper(teacher["method"], config.dataset)
-                teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
-                path = run(teacher_config, data, args, device, role="teacher")
-                # In a folder that was copied in two parts, result.json can be ahead of last.pt.
-                epoch = read(path, CHECKPOINT)["epoch"]
-                if epoch != config.epochs:
-                    raise InputError(
-                        f"{path}: result.json is of epoch {config.epochs}, but last.pt of epoch "
-                        f"{epoch}. Copy the folder anew, or delete result.json to train on"
-                    )
-                paths.append(path)
+        paths = args.teacher_checkpoint or [
+            train_teacher(teacher, config, data, args, device) for teacher in config.teachers
+        ]
         teachers = [load_run(path, device) for path in paths]
         tested_teachers = [
             about | evaluate(teacher, data, device, config.precision)
@@ -1446,6 +1426,29 @@ def run(
         }
         write_json(result_file, result)
         return folder
+
+
+def train_teacher(
+    teacher: dict, config: Config, data: Dataset, args: argparse.Namespace, device: torch.device
+) -> Path:
+    """The folder of a teacher's run, which is trained now, unless it is finished.
+
+    It has the student's Config, but no teachers, the default hyperparameters of its own method, and
+    the network, method, head, colour and seed that `teacher`, of config.teachers, names. Raises as
+    run does.
+    """
+    hyper = default_hyper(teacher["method"], config.dataset)
+    teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
+    folder = run(teacher_config, data, args, device, role="teacher")
+
+    # In a folder that was copied in two parts, result.json can be ahead of last.pt.
+    epoch = read(folder, CHECKPOINT)["epoch"]
+    if epoch != config.epochs:
+        raise InputError(
+            f"{folder}: result.json is of epoch {config.epochs}, but last.pt of epoch {epoch}. "
+            "Copy the folder anew, or delete result.json to train on"
+        )
+    return folder
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -1668,27 +1671,34 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
         right = left + sum(low <= n <= high for n in class_counts)
         if right > left:
             middle = (left + right) / 2
-            place = axes.get_xaxis_transform()
-            axes.text(middle, 0.97, group, transform=place, ha="center", va="top", color="0.35")
+            axes.text(
+                middle,
+                0.97,
+                group,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                color="0.35",
+            )
             axes.axvline(right, color="0.6", linewidth=0.8)
         left = right
 
     # A line for each row, with its own colour and style; a band of one standard deviation.
     for i, (name, results) in enumerate(rows.items()):
-        seeds = [
+        cells = [
             [mean(result["per_class"][c] for c in part) for part in parts] for result in results
         ]
-        seeds = torch.tensor([[math.nan if a is None else a for a in seed] for seed in seeds])
-        average = seeds.mean(0)
+        accuracies = torch.tensor([[math.nan if a is None else a for a in row] for row in cells])
+        average = accuracies.mean(0)
         axes.plot(
             middles,
             average,
             color=f"C{i}",
-            linestyle=LINE_STYLES[i % 7],
+            linestyle=LINE_STYLES[i % len(LINE_STYLES)],
             label=f"{name}, n = {len(results)}",
         )
         if len(results) > 1:
-            band = seeds.std(0)
+            band = accuracies.std(0)
             axes.fill_between(
                 middles, average - band, average + band, color=f"C{i}", alpha=0.2, linewidth=0
             )
@@ -1697,7 +1707,7 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
         title=heading,
         xlim=(0, num_classes),
         ylim=(0, None),
-        xlabel=f"classes, most training images first, in parts of {size}",
+        xlabel=f"classes, most training images first, in {len(parts)} parts",
         ylabel="test accuracy in %, mean over seeds",
     )
     axes.legend(loc="lower left", fontsize=8)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
-"""ResNets for small square images, 16x16 to 128x128. Every forward returns (logits, features).
+"""ResNets for small square images, 16x16 to 128x128. They return Output(logits, features).
 
     name         layers   parameters, 10 classes   100 classes   features
     resnet8           8                   75,290        81,140         64
@@ -80,7 +80,8 @@ class CosineClassifier(nn.Module):
 class ResNet(nn.Module):
     """A network of NETWORKS, Kaiming-normal from the global generator; head: linear or cosine.
 
-    projection: a width to which linear + ReLU map the pooled vector before the head; 0: none.
+    projection: the width to which linear + ReLU map the pooled vector before the head. None is made
+    for 0, and for the width that the vector has anyway.
     """
 
     def __init__(self, name: str, num_classes: int, head: str = "linear", projection: int = 0):
@@ -99,7 +100,8 @@ class ResNet(nn.Module):
                 width = out
         self.blocks = nn.Sequential(*blocks)
 
-        self.projection = nn.Linear(width, projection) if projection else None
+        is_projected = projection not in (0, width)
+        self.projection = nn.Linear(width, projection) if is_projected else None
         self.num_features = projection or width
         classifier = {"linear": nn.Linear, "cosine": CosineClassifier}[head]
         self.head = classifier(self.num_features, num_classes)

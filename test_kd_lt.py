@@ -399,6 +399,9 @@ def test_effective_number_weights(counts):
         assert_close(weights, doubles(weights_oracle(counts, beta)))
         listed = kd_lt.effective_number_weights(counts, beta)
         assert_close(listed, weights.float())
+        half = torch.tensor(counts, dtype=torch.float32).bfloat16()
+        half_weights = kd_lt.effective_number_weights(half, beta)
+        assert torch.equal(half_weights, kd_lt.effective_number_weights(half.float(), beta))
     inverse = 1 / doubles(counts)  # in the limit, in which float32 stays exact, too
     weights = kd_lt.effective_number_weights(counts, 1 - 1e-12)
     assert_close(weights.double(), inverse / inverse.mean(), rtol=1e-5, atol=0)
@@ -848,7 +851,7 @@ def test_the_step_is_the_plain_step(setting, small):
     momentum = [torch.zeros_like(p) for p in plain.parameters]
     width = sum(teacher.num_features for teacher in trainer.teachers)
     wider = setting[0] == "cbd" and width != 64
-    assert ("projection" in trainer.network_arguments) == wider
+    assert (trainer.student.projection is not None) == wider
     assert (trainer.batches.weights is not None) == (setting[0] == "cbd")  # balanced classes
     for epoch in (0, 1):
         trainer.student.eval()  # as a test leaves it
@@ -1432,6 +1435,17 @@ def test_colours_are_drawn_last_and_no_global_generator_is_used():
     assert 0 <= coloured.colours.min() < 0.05 and 0.95 < coloured.colours.max() < 1
     data.load_dataset("synthetic", "", 10)
     assert global_generators() == before
+
+
+def test_images_can_have_gradients_after_a_first_use_without_any():
+    images = random_images(2).float().requires_grad_()
+    draws = torch.rand(2, 10, generator=generator(0))
+    for constants in (data._normalisation, data._colour_space):
+        constants.cache_clear()
+    with torch.inference_mode():
+        data.normalise(data.distort_colour(images, draws))
+    data.normalise(data.distort_colour(images, draws)).sum().backward()
+    assert images.grad.isfinite().all() and images.grad.count_nonzero() > 0
 
 
 def test_the_subset_and_the_batches_stand_alone():
