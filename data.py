@@ -387,6 +387,11 @@ class Batches:
         if sampler not in ("instance", "class"):
             raise ValueError(f'sampler must be "instance" or "class", not {sampler!r}')
         count, size = len(targets), images.shape[-1]
+        if images.shape != (count, 3, size, size) or targets.ndim != 1:
+            raise ValueError(
+                "images and targets must be (N, 3, S, S) and (N,), not "
+                f"{tuple(images.shape)} and {tuple(targets.shape)}"
+            )
         padding = size // 8  # on each side: 4 for CIFAR's 32, as in the literature
         padded = F.pad(images.to(device), [padding] * 4)  # raw: pad, then normalise
         padded = torch.cat([padded, padded.flip(3)]).permute(0, 2, 3, 1).contiguous()

@@ -125,21 +125,23 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
     "batchmean" sums over the classes and takes the mean over the images, as the definition of the
     divergence has it; plain "mean" would divide by C, too. The target is passed on as a
     probability, not as its logarithm, so that a class of probability 0 adds 0. It receives no
-    gradient, and is computed in the student's dtype, or in float32 for half precision.
+    gradient, and is computed in the student's dtype, or in float32 for half precision. Float32
+    serves to a temperature of some hundred; above that it rounds the divergence away.
     """
     if student_logits.ndim != 2 or student_logits.shape != target_logits.shape:
         raise ValueError(
             "student_logits and the target (teacher_logits or rectified_logits) must both be "
             f"(B, C), not {tuple(student_logits.shape)} and {tuple(target_logits.shape)}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
 
     student = at_least_float32(student_logits)
     target = target_logits.detach().to(student.dtype)
     # This is softmax(target / T). Written so, it is rounded as in the runs of .results.
     q = F.log_softmax(target / temperature, dim=1).exp()
     log_p = F.log_softmax(student / temperature, dim=1)
+    log_p = log_p.masked_fill(q == 0, 0)  # where both logits are -inf, 0 * -inf would be nan
     return temperature**2 * F.kl_div(log_p, q, reduction="batchmean")
 
 
@@ -252,7 +254,7 @@ def cbd_loss(
     teacher_features  a list of K tensors (B, D_k) float; they receive no gradient
     targets           y, (B,) int64
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
-    that are not (B, C), a bare tensor as teacher_features, and widths that do not agree.
+    that are not (B, C), a bare tensor as teacher_features, and shapes that do not agree.
     """
     if student_logits.ndim != 2:
         raise ValueError(f"student_logits must be (B, C), not {tuple(student_logits.shape)}")
@@ -260,10 +262,10 @@ def cbd_loss(
         raise ValueError("teacher_features must be a list of tensors, one for each teacher")
     unit_features = [F.normalize(at_least_float32(f.detach()), dim=1) for f in teacher_features]
     t = torch.cat(unit_features, dim=1)
-    if student_features.shape != t.shape:
+    if student_features.shape != t.shape or t.shape[:-1] != student_logits.shape[:1]:
         raise ValueError(
-            f"student_features has shape {tuple(student_features.shape)}, "
-            f"teacher_features side by side {tuple(t.shape)}"
+            f"student_features has shape {tuple(student_features.shape)}, teacher_features side by "
+            f"side {tuple(t.shape)}, student_logits {tuple(student_logits.shape)}"
         )
 
     ce = F.cross_entropy(at_least_float32(student_logits), targets)
@@ -456,10 +458,11 @@ def krdistill_loss(
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for shapes
     that do not agree and a temperature <= 0.
     """
-    if student_features.shape != rectified_features.shape:
+    shape = student_features.shape
+    if shape != rectified_features.shape or shape[:-1] != student_logits.shape[:1]:
         raise ValueError(
-            f"student_features has shape {tuple(student_features.shape)}, rectified_features "
-            f"{tuple(rectified_features.shape)}"
+            f"student_features has shape {tuple(shape)}, rectified_features "
+            f"{tuple(rectified_features.shape)}, student_logits {tuple(student_logits.shape)}"
         )
     target_logits = rectified_logits
 
@@ -1108,7 +1111,9 @@ def differs_from_default(config: Config) -> dict:
 
 def run_name(config: Config) -> str:
     """The name of the run's folder: readable, and ending in a digest of the whole Config."""
-    parts = [Path(config.dataset).stem[:40], f"imb{config.imb:g}", config.method, config.network]
+    # A file system counts the bytes of a name, of which a letter can have several.
+    dataset = Path(config.dataset).stem.encode()[:40].decode(errors="ignore")
+    parts = [dataset, f"imb{config.imb:g}", config.method, config.network]
 
     if config.teachers:
         kinds = dict.fromkeys(f"{t['network']}-{t['method']}" for t in config.teachers)
@@ -1177,7 +1182,7 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
     for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises an error where it may not be looked at
         path /= "last.pt"
     if path.suffix == ".json" and "student" in needed:
         raise InputError(f"{path}: no weights; expected is a run folder, or the last.pt in it")
@@ -1201,6 +1206,17 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
     return content | {"config": config, "file": path}
 
 
+def read_checkpoint(folder: Path, config: Config, needed: tuple[str, ...]) -> dict:
+    """The last.pt of a run's folder, as read. Raises InputError, too, where it is another run's."""
+    content = read(folder / "last.pt", needed)
+    if content["config"] != config:
+        raise InputError(
+            f"{content['file']}: it is of another run, {run_name(content['config'])}. Put the "
+            "right one back, or move this run's whole folder away to train it anew"
+        )
+    return content
+
+
 def unreadable(path: Path) -> InputError:
     """What to do about a file that is not what it should be."""
     if (path.parent / "config.json").exists():
@@ -1212,9 +1228,13 @@ def unreadable(path: Path) -> InputError:
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ..."""
+    """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ...
+
+    Raises OSError where it is there and cannot be read.
+    """
     heading, rows = [], []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the rest is unreadable
+    # What is behind a damaged line is left out.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
             row = json.loads(line)
             if not heading and "command" in row:
@@ -1285,7 +1305,8 @@ def save(trainer: Trainer, folder: Path, progress: Progress) -> None:
 def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     """Load folder/last.pt if it is there, bring log.jsonl to the same epoch; returns the progress.
 
-    Raises InputError where last.pt is damaged or gone, or was trained by other teachers than now.
+    Raises InputError where last.pt is damaged, gone, of another run, or trained by other teachers
+    than now.
     """
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
@@ -1294,7 +1315,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     heading, rows = read_log(folder)
     heading = heading or [{"command": command}]
     if (folder / "last.pt").exists():
-        content = read(folder / "last.pt", RESUMABLE)
+        content = read_checkpoint(folder, trainer.config, RESUMABLE)
         if content.get("teachers", trainer.teacher_digests) != trainer.teacher_digests:
             raise InputError(
                 f"{folder}: its first {content['epoch']} epochs had another teacher, whose weights "
@@ -1442,7 +1463,7 @@ def train_teacher(
     folder = run(teacher_config, data, args, device, role="teacher")
 
     # In a folder that was copied in two parts, result.json can be ahead of last.pt.
-    epoch = read(folder, CHECKPOINT)["epoch"]
+    epoch = read_checkpoint(folder, teacher_config, CHECKPOINT)["epoch"]
     if epoch != config.epochs:
         raise InputError(
             f"{folder}: result.json is of epoch {config.epochs}, but last.pt of epoch {epoch}. "
@@ -1514,6 +1535,25 @@ def setting_name(config: Config) -> str:
     return ", ".join(words)
 
 
+def result_files(folder: Path) -> list[Path]:
+    """The result.json of the runs in a folder, and of the folder itself.
+
+    Path.glob would say nothing of a folder that may not be looked into. It is listed here, so that
+    read says why it is left out.
+    """
+    found = []
+    for run_folder in [*sorted(folder.glob("*")), folder]:
+        file = run_folder / "result.json"
+        try:
+            file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            pass
+        found.append(file)
+    return found
+
+
 def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """{(heading, digest of the images): {row name: results}} of the runs in the folders.
 
@@ -1522,7 +1562,7 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
     """
     runs, left_out = {}, []
     for folder in map(Path, folders):
-        paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
+        paths = result_files(folder)
         if not paths:
             smoke = folder / "smoke"
             hint = f"; those of --smoke are in {smoke}" if smoke.is_dir() else ""
@@ -1645,8 +1685,11 @@ def plot(file: str, folders: list[str]) -> None:
         draw_head_to_tail(axes, heading, rows)
     # Without a date and random names, two .svg of the same runs are the same file.
     metadata = {"Date": None} if file.endswith(".svg") else None
+    # First into memory: where the disk is full, write_whole keeps the picture that was there.
+    buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "kd-lt"}):
-        figure.savefig(file, dpi=150, metadata=metadata)
+        figure.savefig(buffer, format=Path(file).suffix[1:], dpi=150, metadata=metadata)
+    write_whole(Path(file), buffer.getvalue())
     print(f"plot      {file}")
 
 
@@ -2089,7 +2132,8 @@ def main(argv: list[str]) -> int:
         return 141  # what a shell reports of a program that was ended by a closed pipe
     except OSError as error:
         # A failed write does not say which file it was.
-        place = error.filename or f"{args.runs_dir}, or where the output goes"
+        written = args.plot[0] if args.plot else args.runs_dir
+        place = error.filename or f"{written}, or where the output goes"
         status, message = 1, f"{place}: {error.strerror or error}"
         try:
             sys.stdout.flush()

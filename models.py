@@ -65,6 +65,7 @@ class CosineClassifier(nn.Module):
     """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it.
 
     ResNet draws the weight with all its others. Elsewhere draw it yourself: until then it is nan.
+    Compute it in float32, outside autocast, as ResNet does: in fp16 features of zeros become nan.
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):

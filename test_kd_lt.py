@@ -507,7 +507,7 @@ BAD_ARGUMENTS = {  # and what none of those that have the argument takes; many w
         torch.ones(1),
     ],
     "class_means": [Z[:1], Z[0], torch.ones(2, 3, 4)],
-    "temperature": [0, -1.0, math.nan],
+    "temperature": [0, -1.0, math.nan, math.inf],
     "beta": [1, -0.1, math.nan],
     "targets": [Y[:1]],
     **dict.fromkeys(
@@ -540,6 +540,29 @@ def test_bad_arguments(function, argument):
         arguments = dict(zip(names, GOOD[function], strict=False)) | {argument: value}
         with pytest.raises(ValueError, match=rf"\b{argument}\b"):
             alone(function)(**arguments)
+
+
+def test_features_of_another_batch_than_the_logits_are_refused():
+    for features in (Z[:1], Z[:, :, None]):
+        with pytest.raises(ValueError, match="student_logits"):
+            kd_lt.cbd_loss(Z, features, [features], Y)
+        with pytest.raises(ValueError, match="student_logits"):
+            kd_lt.krdistill_loss(Z, features, Z, features, Y, N)
+
+
+@pytest.mark.parametrize("name", ["kd", "bkd", "dive", "krdistill"])
+def test_a_class_that_all_logits_exclude_adds_nothing(name):
+    """-inf, as for classes that a task of several does not have."""
+    example = make_example(36)
+    without_the_last = torch.tensor([0.0] * (len(COUNTS) - 1) + [-math.inf])
+    logits = ("student_logits", "teacher_logits")
+    excluded = {key: getattr(example, key) + without_the_last for key in logits}
+    excluded = replace(example, **excluded, targets=example.targets % (len(COUNTS) - 1))
+    value, gradients = value_and_gradients(name, excluded)
+    assert value.isfinite() and gradients["student_logits"].isfinite().all()
+    if name == "kd":
+        smaller = {key: getattr(example, key)[:, :-1] for key in logits}
+        assert_close(value, loss_of(name, replace(excluded, **smaller)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -1435,6 +1458,14 @@ def test_colours_are_drawn_last_and_no_global_generator_is_used():
     assert 0 <= coloured.colours.min() < 0.05 and 0.95 < coloured.colours.max() < 1
     data.load_dataset("synthetic", "", 10)
     assert global_generators() == before
+
+
+@pytest.mark.parametrize(
+    "images, targets", [((9, 3, 16, 16), 8), ((8, 3, 16, 24), 8), ((8, 16, 16, 3), 8)], ids=str
+)
+def test_batches_refuse_images_that_are_not_square_or_not_as_many_as_targets(images, targets):
+    with pytest.raises(ValueError, match=re.escape(str(images))):
+        Batches(torch.zeros(images, dtype=torch.uint8), torch.zeros(targets), 8, "cpu", "instance")
 
 
 def test_images_can_have_gradients_after_a_first_use_without_any():
@@ -2706,6 +2737,25 @@ def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, content):
     assert status == 2 and err.count(str(file)) == 1
 
 
+def test_a_run_that_may_not_be_read_is_named_and_left_out(tmp_path, monkeypatch):
+    stored(tmp_path / "a", "--method ce", 38.0)
+    stored(tmp_path / "b", "--method ce --seed 1", 42.0)
+
+    def denied(function):
+        def deny(path, **own):
+            if path.parent.name == "b":  # its folder may not be looked into
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, **own)
+
+        return deny
+
+    for name in ("stat", "read_text"):
+        monkeypatch.setattr(Path, name, denied(getattr(Path, name)))
+    status, out, err = main(["--table", tmp_path])
+    assert status == 0 and "| ce | - | 1 | 38.00 |" in out
+    assert f"left out: {tmp_path / 'b' / 'result.json'}: Permission denied\n" in err
+
+
 def test_headings_tell_how_the_data_was_thinned():
     """A file that was not thinned may be imbalanced: it is not called imb 1."""
     for text, words in (
@@ -2772,6 +2822,21 @@ def test_plot_draws_or_says_what_is_missing(suffix, beside, tmp_path, monkeypatc
         drawn.append(picture.read_bytes())
     assert len(drawn[0]) > 5000
     assert drawn[0] == drawn[1] or suffix == ".pdf"  # which holds the time
+
+
+def test_a_picture_is_kept_where_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    stored(tmp_path / "runs" / "a", "--method ce", 38.0)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"the former one")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    words = f"{picture}, or where the output goes: No space left"
+    assert refused(["--plot", picture, tmp_path / "runs"], words)[0] == 1
+    assert picture.read_bytes() == b"the former one" and len([*tmp_path.iterdir()]) == 2
 
 
 def test_plot_draws_a_line_a_row_with_its_own_colour_and_style(tmp_path):
@@ -3157,6 +3222,35 @@ def test_a_finished_teacher_with_weights_of_an_earlier_epoch_teaches_nobody(
     (teacher / "result.json").unlink()
     _, out = finish(flags(tiny, teacher.parent, "--method kd"))
     assert "resumed   after epoch 1 of 2" in out
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_checkpoint_of_another_run_is_refused(finished, tiny, tmp_path, role):
+    runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
+    (runs / finished[1].name / "result.json").unlink()
+    folder = runs / finished[role == "student"].name
+    content = torch.load(folder / "last.pt", weights_only=True)
+    content["settings"]["lr"] = 0.05
+    torch.save(content, folder / "last.pt")
+    before = files(runs)
+    assert refused(flags(tiny, runs, "--method kd"), folder / "last.pt", "another run")[0] == 2
+    assert files(runs) == before
+
+
+def test_a_log_that_cannot_be_read_is_kept(failed, tiny, tmp_path, monkeypatch):
+    """It may be whole: that it is another user's does not make it a damaged one."""
+    runs = shutil.copytree(failed[0].parent, tmp_path / "runs")
+    before, read_text = files(runs), Path.read_text
+
+    def denied(path, **own):
+        if path.name == "log.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, **own)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    words = f"{runs / failed[0].name / 'log.jsonl'}: Permission denied"
+    assert refused(flags(tiny, runs, "--method ce"), words)[0] == 1
+    assert files(runs) == before
 
 
 def test_a_log_without_its_checkpoint_is_not_overwritten(finished, tiny, tmp_path):
