@@ -154,8 +154,7 @@ def _download_cifar(name: str, folder: Path, missing: list[str]) -> None:
     except Exception as error:  # network, disk and archive fail in a dozen types
         raise InputError(
             f"cannot get {url}: {type(error).__name__}, {error}\nBy hand: unpack "
-            f"it so that {folder} holds {', '.join(missing)}. Where they are already, --data-dir "
-            f"names the folder above {folder.name}"
+            f"it so that {folder} holds {', '.join(missing)}; --data-dir names the folder above it"
         ) from None
 
 
@@ -171,16 +170,11 @@ def load_npz(path: str | Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             for key in NPZ_KEYS:
                 arrays[key] = np.asarray(archive[key])
-    except MemoryError:
-        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types for damaged files
-        # NumPy takes a file that is neither .npz nor .npy for a pickle, and says no more than that.
-        is_foreign = key == "the file" and "pickle" in str(error)
-        reason = "it is no .npz file" if is_foreign else error
         raise InputError(
-            f"{path}: cannot read {key} ({reason}); expected is a .npz file with the "
+            f"{path}: cannot read {key} ({error}); expected is a .npz file with the "
             f"arrays {', '.join(NPZ_KEYS)}, none of objects"
         ) from None
 
@@ -299,8 +293,9 @@ def load_dataset(
     return Dataset(images, targets, *test, counts, sha256.hexdigest()[:16])
 
 
-# The constants of the two functions below are kept on each device, because a CUDA graph cannot hold
-# a copy from the CPU. The decorator keeps them usable by autograd, whoever asks first.
+# _normalisation and _colour_space return constants that are kept on each device, because a CUDA
+# graph cannot hold a copy from the CPU. inference_mode(False) lets autograd use them, even where
+# they were first asked for in inference mode.
 @functools.cache
 @torch.inference_mode(False)
 def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:

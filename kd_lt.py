@@ -29,8 +29,7 @@ import statistics
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +40,11 @@ from torch import Tensor, nn
 from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
 from models import NETWORKS, Output, ResNet
 
+try:
+    import fcntl
+except ImportError:  # Windows: runs work, unlocked
+    fcntl = None
+
 VERSION = "3.0.0"
 
 # +----------------------------------------------------------------------------------------------+
@@ -49,12 +53,13 @@ VERSION = "3.0.0"
 # | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
 # | at least. No gradient reaches a teacher.                                                     |
 # |                                                                                              |
-# | To copy a loss, copy with it Counts, at_least_float32, as_counts and kl_to_target; cbd_loss  |
-# | needs at_least_float32 alone. Besides, bkd_loss needs effective_number_weights; dive_loss    |
-# | and krdistill_loss (our reconstruction) need balanced_softmax_loss. What prepares the        |
-# | arguments of the latter, balanced_prototypes, rectify_logits and rectify_features, stands    |
-# | before it.                                                                                   |
-# | Imports: math, Sequence, torch, F and Tensor.                                                |
+# | To copy a loss, copy Counts, at_least_float32, as_counts and kl_to_target with it; cbd_loss  |
+# | needs at_least_float32 alone. Copy also,                                                     |
+# |     for bkd_loss        effective_number_weights                                             |
+# |     for dive_loss       balanced_softmax_loss                                                |
+# |     for krdistill_loss  balanced_softmax_loss, and for its arguments balanced_prototypes,    |
+# |                         rectify_logits and rectify_features (our reconstruction)             |
+# | Their imports are math, Sequence, torch, F and Tensor.                                       |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
 # | divergence from a target (krdistill, our reconstruction, adds a loss on features). Each      |
@@ -75,9 +80,10 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     A list, tuple or array is checked: C finite numbers of at least 1. Anything else but a tensor is
     refused, because its order may not be that of the classes. The values in a tensor are trusted,
     because to look at them would make the CPU wait for the GPU and break torch.compile: pass a
-    tensor under torch.compile(fullgraph=True). The result has the dtype of the logits, or float32
-    for half precision. Counts in a float64 tensor stay float64, unless they have to be moved to
-    another device: not every device has float64.
+    tensor under torch.compile(fullgraph=True).
+
+    The result has the dtype of the logits, or float32 for half precision. A float64 tensor on the
+    logits' device stays float64; on another one it does not, because not every device has float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -92,17 +98,13 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     else:
         # The items of a dict, of Counter(labels).values() or of a pandas Series are numbers, too,
         # but need not be in the order of the classes.
-        is_list = isinstance(class_counts, Sequence) and not isinstance(class_counts, str)
-        is_numpy = hasattr(class_counts, "__array_interface__")
-        try:
-            numbers = [float(count) for count in class_counts] if is_list or is_numpy else []
-        except (TypeError, ValueError):
-            numbers = []
-        if not numbers:
+        is_array = hasattr(class_counts, "__array_interface__")  # of NumPy
+        if not isinstance(class_counts, Sequence) and not is_array:
             raise ValueError(
                 "class_counts must be C numbers in a list, tuple, array or tensor, in the order of "
                 f"the classes, not {class_counts}"
             )
+        numbers = [float(count) for count in class_counts]
         if not all(1 <= number < math.inf for number in numbers):
             raise ValueError(
                 f"class_counts must be numbers of images, at least 1, not {class_counts}"
@@ -162,7 +164,7 @@ def kd_loss(
     teacher_logits    z_teacher, (B, C) float; receives no gradient
     targets           y, (B,) int64
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
-    that are not (B, C) and for a temperature <= 0.
+    that are not (B, C), and for a temperature that is not positive and finite.
     """
     target_logits = teacher_logits
 
@@ -220,8 +222,8 @@ def bkd_loss(
     targets           y, (B,) int64
     class_counts      training images of each class, (C,), each at least 1
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for a shape
-    that would broadcast, counts that as_counts refuses, a temperature <= 0 and a beta outside
-    [0, 1).
+    that would broadcast, counts that as_counts refuses, a temperature that is not positive and
+    finite, and a beta outside [0, 1).
     """
     counts = as_counts(class_counts, teacher_logits)
     teacher = at_least_float32(teacher_logits)
@@ -411,16 +413,10 @@ def rectify_logits(teacher_logits: Tensor, targets: Tensor, class_counts: Counts
     teacher_logits    z_teacher, (B, C) float
     targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
     class_counts      n, training images of each class, (C,), each at least 1
-    Returns r, (B, C), in float32 or float64. Raises ValueError for shapes that do not agree. Our
-    reconstruction.
+    Returns r, (B, C), in float32 or float64. Raises ValueError for teacher_logits that are not
+    (B, C) and for class_counts that are not C numbers of at least 1. Our reconstruction.
     """
     counts = as_counts(class_counts, teacher_logits)
-    if targets.shape != teacher_logits.shape[:1]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, teacher_logits "
-            f"{tuple(teacher_logits.shape)}: not (B,) and (B, C)"
-        )
-
     z = at_least_float32(teacher_logits)
     z = z - (counts / counts.sum()).log().to(z.dtype)
     true = targets[:, None]
@@ -456,7 +452,7 @@ def krdistill_loss(
     targets             y, (B,) int64
     class_counts        training images of each class, (C,), each at least 1
     Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for shapes
-    that do not agree and a temperature <= 0.
+    that do not agree, and for a temperature that is not positive and finite.
     """
     shape = student_features.shape
     if shape != rectified_features.shape or shape[:-1] != student_logits.shape[:1]:
@@ -569,7 +565,9 @@ class Config:
     hyper: dict[str, float]  # the method's hyperparameters, as default_hyper
     network: str  # a key of models.NETWORKS
     head: str  # its classifier: "linear" or "cosine"
-    teachers: list[dict]  # of each: network, method, head, colour, and seed or checkpoint
+    # Of each teacher: network, method, head, colour and seed, which are those of its own Config;
+    # of a given one checkpoint, a digest of its file, instead of seed.
+    teachers: list[dict]
     seed: int  # of weights, batches and augmentation
     precision: str  # "fp32" or "bf16"
     imb_type: str = "exp"  # how the classes shrink: "exp" or "step"
@@ -612,7 +610,11 @@ def learning_rate(epoch: int, epochs: int, highest: float) -> float:
 
 
 class Trainer:
-    """One network in training, with all that a step needs: frozen teachers, batches, optimizer."""
+    """One network in training, with all that a step needs: frozen teachers, batches, optimizer.
+
+    The teachers are the caller's networks, not copies. With bf16 their convolutions are cast for
+    good: from then on they need autocast.
+    """
 
     def __init__(self, config: Config, data: Dataset, teachers: list[ResNet], device: torch.device):
         method = METHODS[config.method]
@@ -638,7 +640,7 @@ class Trainer:
                 self.adapter = nn.Linear(self.student.num_features, teacher_width)
 
         # The teachers, frozen. Their convolutions are cast once; autocast would cast them in every
-        # step. From here on they need autocast: these are the caller's networks, not copies.
+        # step.
         self.teacher_digests = [weights_digest(teacher) for teacher in teachers]
         self.teachers = nn.ModuleList(teachers).eval().requires_grad_(False)
         for module in self.teachers.modules():
@@ -678,7 +680,7 @@ class Trainer:
         self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
         self.equal_counts = torch.ones_like(self.class_counts)
         self.bkd_counts = self.equal_counts.clone()
-        if method.uses == "class means":
+        if method.uses == "class means":  # of the only teacher
             self.class_means = class_means(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
             # Where the teacher learned no prior, equal counts leave its logits as they are.
@@ -704,14 +706,14 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Copy a state_dict into the trainer's own tensors, which keep their place in memory."""
-        load_weights(self.student, state["student"])
-        load_weights(self.adapter, state["adapter"])
+        self.student.load_state_dict(state["student"])
+        self.adapter.load_state_dict(state["adapter"])
         for buffer, saved in zip(self.momentum, state["momentum"], strict=True):
             buffer.copy_(saved)
         self.generator.set_state(state["generator"])
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the learning rate and BKD's counts, draw the epoch's batches, set its sums to zero.
+        """Set learning rate, BKD's counts and training mode, draw the batches, set sums to zero.
 
         Epochs count from 0 here. shuffle draws the order of the images and all augmentation.
         """
@@ -796,70 +798,42 @@ class Trainer:
         """Record step as a CUDA graph for each batch size; returns the function that replays it.
 
         Warm up, record, restore, return. The steps train on whatever the batches hold; then the
-        state is restored, and start_epoch, which has to follow, sets all the rest. A step that
-        waits for the GPU, for example because its loss calls .item() or branches on a tensor,
-        cannot be recorded: a line says where it waits, and step itself is returned. Raises
-        CaptureError where torch cannot record it for another reason.
+        state is restored, and start_epoch, which has to follow, sets all the rest. Raises
+        CaptureError where torch cannot record the step, for example because its loss calls .item()
+        or branches on a tensor, for which the CPU has to wait for the GPU.
         """
         saved = copy.deepcopy(self.state_dict())
         self.student.train()  # the graph keeps the mode that it was recorded in
         sizes = sorted(set(self.batches.sizes), reverse=True)  # the smaller reuses the memory
         stream = torch.cuda.Stream()
 
-        waits_in = self._warm_up(sizes, stream)
-        graphs = {} if waits_in else self._record(sizes, stream)
-        self.load_state_dict(saved)
-
-        if waits_in:
-            print(f"slower    {waits_in}, waits for the GPU: no CUDA graph is used", flush=True)
-            return self.step
-        return lambda size: graphs[size].replay()
-
-    def _warm_up(self, sizes: list[int], stream) -> str:
-        """Three rounds of steps, so that lazy parts of torch are ready; returns where one waits.
-
-        The first two rounds let cuDNN and cuBLAS choose and set up their kernels. In the third
-        round, torch is told to raise an error where the CPU would wait for the GPU: that place is
-        returned, "" if there is none.
-        """
+        # Three rounds, in which cuDNN and cuBLAS choose and set up their kernels.
         stream.wait_stream(torch.cuda.current_stream())
-        waits_in = ""
-        with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            try:
-                for mode in ("default", "default", "error"):
-                    torch.cuda.set_sync_debug_mode(mode)
-                    self.batches.position.zero_()
-                    for size in sizes:
-                        self.step(size)
-            except RuntimeError as error:
-                if "synchronizing" not in str(error):
-                    raise
-                waits_in = last_line_outside_torch(error)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.batches.position.zero_()
+                for size in sizes:
+                    self.step(size)
         torch.cuda.current_stream().wait_stream(stream)
-        return waits_in
 
-    def _record(self, sizes: list[int], stream) -> dict:
-        """A CUDA graph of step for each batch size. They share one pool of memory."""
         graphs = {size: torch.cuda.CUDAGraph() for size in sizes}
-        pool = torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle()  # the graphs share their memory
         try:
             for size, graph in graphs.items():
                 with torch.cuda.graph(graph, pool, stream):
                     self.step(size)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            while error.__context__ is not None:  # the first error holds the reason
-                error = error.__context__
-            reason = str(error).split("\n")[0]
+            first = error  # torch raises others after it; the first one holds the reason
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).split("\n")[0]
             raise CaptureError(
-                f"the training step cannot be recorded as a CUDA graph ({reason}). "
-                "With --eager it runs without one, more slowly"
+                f"the training step cannot be recorded as a CUDA graph: {reason}, in "
+                f"{last_line_outside_torch(first)}. With --eager it runs without one, more slowly"
             ) from error
-        return graphs
+
+        self.load_state_dict(saved)
+        return lambda size: graphs[size].replay()
 
 
 def last_line_outside_torch(error: BaseException) -> str:
@@ -868,16 +842,6 @@ def last_line_outside_torch(error: BaseException) -> str:
     lines = traceback.extract_tb(error.__traceback__)
     last = [line for line in lines if not line.filename.startswith(own_torch)][-1]
     return f"{last.filename}, line {last.lineno}"
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error of torch, cuBLAS, cuDNN, NumPy or Python, or its context, is a shortage."""
-    signs = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "allocate memory")
-    while error is not None:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
-            return True
-        error = error.__context__
-    return False
 
 
 @dataclass
@@ -907,10 +871,11 @@ def train(
     step = trainer.step if eager or trainer.device.type != "cuda" else trainer.capture()
     data = data._replace(test_images=data.test_images.to(trainer.device))
     scores = None
-    started, seconds_before, first = time.perf_counter(), progress.seconds, progress.epochs
+    epochs_before, seconds_before = progress.epochs, progress.seconds
+    started = time.perf_counter()
 
     print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
-    for epoch in range(first, config.epochs):
+    for epoch in range(epochs_before, config.epochs):
         row = train_epoch(trainer, step, epoch)
         check_finite(trainer, row, folder)
 
@@ -920,7 +885,7 @@ def train(
             row |= {key: scores[key] for key in ("top1", *GROUPS)}
 
         seconds = time.perf_counter() - started
-        left = seconds / (epoch + 1 - first) * (config.epochs - epoch - 1)
+        left = seconds / (epoch + 1 - epochs_before) * (config.epochs - epoch - 1)
         print_epoch(row, config.epochs, left)
 
         progress.epochs = epoch + 1
@@ -1089,7 +1054,10 @@ class FolderBusyError(Exception):
 
 
 def differs_from_default(config: Config) -> dict:
-    """What a reader has to be told of a run's settings: those that are not the default ones."""
+    """What a reader has to be told of a run's settings: those that are not the default ones.
+
+    In another order the same settings would get another folder.
+    """
     method = METHODS[config.method]
     defaults = {
         "batch_size": Config.batch_size,
@@ -1105,7 +1073,7 @@ def differs_from_default(config: Config) -> dict:
     return {
         key: values[key]
         for key, default in defaults.items()
-        if key in values and values[key] != default  # an older run may lack a hyperparameter
+        if key in values and values[key] != default  # a run made before a hyperparameter lacks it
     }
 
 
@@ -1133,46 +1101,49 @@ def run_name(config: Config) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(parts))
 
 
-def lock(folder: Path, wait: bool):
-    """Make the folder and lock it until the returned file is closed or the process ends.
+@contextlib.contextmanager
+def lock(folder: Path, wait: bool) -> Iterator[None]:
+    """Make the folder, and lock it until the block or the process ends.
 
     Where another process holds it: wait for that one, or raise FolderBusyError. Raises InputError
     where the file system cannot lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")  # noqa: SIM115  closed by the `with` of the caller
-    try:
-        import fcntl
-    except ImportError:  # Windows: a run works, unlocked
-        return file
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        busy = f"{folder} is being written by another process"
-        if not wait:
-            file.close()
-            raise FolderBusyError(f"{busy}: wait for it, or use another --runs-dir") from None
-        print(f"kd_lt.py: {busy}, waiting", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:  # for example of a network file system
-        file.close()
-        raise InputError(
-            f"{folder}: its file system cannot lock ({error.strerror}); use another --runs-dir"
-        ) from None
-    return file
+    with open(folder / ".lock", "a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = f"{folder} is being written by another process"
+            if not wait:
+                raise FolderBusyError(f"{busy}: wait for it, or use another --runs-dir") from None
+            print(f"kd_lt.py: {busy}, waiting", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # for example of a network file system
+            raise InputError(
+                f"{folder}: its file system cannot lock ({error.strerror}); use another --runs-dir"
+            ) from None
+        yield
 
 
 def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-# The keys that read demands of a file, besides the settings.
-CHECKPOINT = ("network", "student", "epoch")  # of a last.pt, to rebuild its network
-# Of a last.pt, to resume its run.
-RESUMABLE = (*CHECKPOINT, "adapter", "momentum", "generator", "seconds", "devices")
-# Of a result.json.
-RESULT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
+# The keys that read demands of a last.pt, to rebuild its network or to resume its run, and of a
+# result.json. All have "settings", too.
+TO_LOAD = ("network", "student", "epoch")
+TO_RESUME = (
+    *TO_LOAD,
+    "teachers",
+    "adapter",
+    "momentum",
+    "generator",
+    "seconds",
+    "devices",
+    "versions",
+)
+TO_REPORT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
 
 
 def read(path: str | Path, needed: tuple[str, ...]) -> dict:
@@ -1182,10 +1153,8 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
     for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
     """
     path = Path(path)
-    if os.path.isdir(path):  # Path.is_dir raises an error where it may not be looked at
+    if path.is_dir():
         path /= "last.pt"
-    if path.suffix == ".json" and "student" in needed:
-        raise InputError(f"{path}: no weights; expected is a run folder, or the last.pt in it")
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
@@ -1194,7 +1163,7 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
         config = Config(**content["settings"])
         is_ours = config.method in METHODS and config.network in NETWORKS
         if not is_ours or not content.keys() >= set(needed):
-            raise KeyError  # told as unreadable, below
+            raise KeyError("settings, or keys, of another program")  # told below
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; the run is not finished, is no run, or came without its weights"
@@ -1202,48 +1171,27 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception:  # of a damaged or foreign file torch.load and json raise a dozen types
-        raise unreadable(path) from None
+        raise InputError(
+            f"{path}: damaged, or of another program or version; expected is a run folder, or the "
+            "last.pt in it. To train a run anew, move its whole folder away"
+        ) from None
     return content | {"config": config, "file": path}
 
 
-def read_checkpoint(folder: Path, config: Config, needed: tuple[str, ...]) -> dict:
-    """The last.pt of a run's folder, as read. Raises InputError, too, where it is another run's."""
-    content = read(folder / "last.pt", needed)
-    if content["config"] != config:
-        raise InputError(
-            f"{content['file']}: it is of another run, {run_name(content['config'])}. Put the "
-            "right one back, or move this run's whole folder away to train it anew"
-        )
-    return content
-
-
-def unreadable(path: Path) -> InputError:
-    """What to do about a file that is not what it should be."""
-    if (path.parent / "config.json").exists():
-        return InputError(
-            f"{path}: damaged, or of another version of kd_lt.py. To train this run anew, move its "
-            "whole run folder away"
-        )
-    return InputError(f"{path}: no run of kd_lt.py; expected is a run folder, or the last.pt in it")
-
-
-def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The heading and the rows of log.jsonl, as far as it is whole: epochs 1, 2, 3, ...
+def read_log(folder: Path) -> list[dict]:
+    """The lines of log.jsonl, as far as it is whole: the command, then epochs 1, 2, 3, ...
 
     Raises OSError where it is there and cannot be read.
     """
-    heading, rows = [], []
-    # What is behind a damaged line is left out.
+    rows = []
+    # A damaged line raises one of these, and ends the reading.
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
             row = json.loads(line)
-            if not heading and "command" in row:
-                heading.append(row)
-            elif row["epoch"] == len(rows) + 1:
-                rows.append(row)
-            else:
+            if rows and row["epoch"] != len(rows):
                 break
-    return heading, rows
+            rows.append(row)
+    return rows
 
 
 def add_to_log(folder: Path, row: dict) -> None:
@@ -1254,24 +1202,16 @@ def add_to_log(folder: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
-def load_weights(network: nn.Module, saved: dict) -> None:
-    """load_state_dict, for files without BatchNorm's batch counters, too (those of version 2)."""
-    network.load_state_dict(dict(saved))  # from a plain dict BatchNorm lets them be missing
-
-
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
     """The network of a run folder or its last.pt, finished or not, in eval mode.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
     Raises InputError.
     """
-    content = read(path, CHECKPOINT)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = ResNet(**content["network"])
-        load_weights(model, content["student"])
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
-        raise unreadable(content["file"]) from None
+    content = read(path, TO_LOAD)
+    with torch.random.fork_rng(devices=[]):
+        model = ResNet(**content["network"])
+    model.load_state_dict(content["student"])
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
@@ -1312,39 +1252,26 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
         stale.unlink()
 
     progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
-    heading, rows = read_log(folder)
-    heading = heading or [{"command": command}]
+    rows = read_log(folder) or [{"command": command}]
     if (folder / "last.pt").exists():
-        content = read_checkpoint(folder, trainer.config, RESUMABLE)
-        if content.get("teachers", trainer.teacher_digests) != trainer.teacher_digests:
+        content = read(folder / "last.pt", TO_RESUME)
+        if content["config"] != trainer.config:
+            raise InputError(
+                f"{content['file']}: it is of another run, {run_name(content['config'])}. Put the "
+                "right one back, or move this run's whole folder away to train it anew"
+            )
+        if content["teachers"] != trainer.teacher_digests:
             raise InputError(
                 f"{folder}: its first {content['epoch']} epochs had another teacher, whose weights "
                 "have changed since. Put the former teacher back, or move this run's whole folder "
                 "away to train it anew"
             )
-        try:
-            trainer.load_state_dict(content)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
-            raise unreadable(folder / "last.pt") from None
-
-        progress.epochs = content["epoch"]
-        progress.seconds = content["seconds"]
-        progress.devices = content["devices"]
-        if "versions" in content:
-            progress.versions = content["versions"]
-        else:  # a last.pt of version 2, which config.json names, or of 1, where it has no "version"
-            begun = read(folder / "config.json", ())
-            progress.versions = [begun.get("version", "1.0.0")]
-
-        if len(rows) < progress.epochs:
-            print(
-                f"kd_lt.py: {folder / 'log.jsonl'} is damaged: rows after epoch {len(rows)} are "
-                "lost; training continues",
-                file=sys.stderr,
-            )
-            rows += [{"epoch": epoch + 1} for epoch in range(len(rows), progress.epochs)]
+        trainer.load_state_dict(content)
+        progress = Progress(
+            content["epoch"], content["seconds"], content["devices"], content["versions"]
+        )
         print(f"resumed   after epoch {progress.epochs} of {trainer.config.epochs}")
-    elif len(rows) > 1:  # one row can be there without last.pt: an epoch writes its row first
+    elif len(rows) > 2:  # the first epoch's row can be there without last.pt: it is written first
         raise InputError(
             f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
             "this run's whole folder away to train it anew"
@@ -1353,26 +1280,22 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     progress.devices = list(dict.fromkeys([*progress.devices, machine(trainer.device)]))
     progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
     # The log may be an epoch ahead of last.pt. That row is cut, because its epoch is run again.
-    lines = [json.dumps(row) + "\n" for row in [*heading, *rows[: progress.epochs]]]
+    lines = [json.dumps(row) + "\n" for row in rows[: 1 + progress.epochs]]
     write_whole(folder / "log.jsonl", "".join(lines).encode())
     return progress
 
 
 def given_teacher(path: str, config: Config) -> dict:
     """What a --teacher-checkpoint is; it has to fit the student's data and classifier."""
-    try:
-        content = read(path, CHECKPOINT)
-    except InputError as error:
-        raise InputError(f"--teacher-checkpoint {error}") from None
+    content = read(path, TO_LOAD)
     teacher = content["config"]
 
     problem = ""
     if teacher.data != config.data:
-        problem = f"it was trained on other images (digest {teacher.data}, here {config.data})"
-        for key in ("dataset", "imb", "imb_type", "subset_seed"):  # which of them is the reason?
-            if getattr(teacher, key) != getattr(config, key):
-                problem = f"its {key} is {getattr(teacher, key)}, not {getattr(config, key)}"
-                break
+        problem = (
+            f"it was trained on other images: {teacher.dataset}, {imbalance(teacher)} (digest "
+            f"{teacher.data}), not {config.dataset}, {imbalance(config)} ({config.data})"
+        )
     elif teacher.head != config.head:
         problem = (
             f"its classifier is {teacher.head}, not {config.head}; a cosine classifier is in runs "
@@ -1405,15 +1328,12 @@ def run(
     folder = Path(args.runs_dir) / run_name(config)
     result_file = folder / "result.json"
     title = f"{role:<9} {config.network}, {printed_name(config.method)}, seed {config.seed}"
-    finished = f"{title}: finished before, not trained again; {folder}"
-    if result_file.exists():  # so that reading it needs no right to write
-        print(finished, flush=True)
-        return folder
 
     with lock(folder, wait=role == "teacher"):
-        if result_file.exists():  # finished by the process that was waited for
-            print(finished, flush=True)
+        if result_file.exists():  # perhaps just now, by the process that was waited for
+            print(f"{title}: finished before, not trained again; {folder}", flush=True)
             return folder
+
         if not (folder / "config.json").exists():
             description = {
                 "settings": asdict(config),
@@ -1423,6 +1343,7 @@ def run(
             }
             write_json(folder / "config.json", description)
 
+        # A run with given teachers trains none, so that no teacher's run gets args with them.
         paths = args.teacher_checkpoint or [
             train_teacher(teacher, config, data, args, device) for teacher in config.teachers
         ]
@@ -1460,23 +1381,14 @@ def train_teacher(
     """
     hyper = default_hyper(teacher["method"], config.dataset)
     teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
-    folder = run(teacher_config, data, args, device, role="teacher")
-
-    # In a folder that was copied in two parts, result.json can be ahead of last.pt.
-    epoch = read_checkpoint(folder, teacher_config, CHECKPOINT)["epoch"]
-    if epoch != config.epochs:
-        raise InputError(
-            f"{folder}: result.json is of epoch {config.epochs}, but last.pt of epoch {epoch}. "
-            "Copy the folder anew, or delete result.json to train on"
-        )
-    return folder
+    return run(teacher_config, data, args, device, role="teacher")
 
 
 # +----------------------------------------------------------------------------------------------+
 # | 6 Reports                                                                                    |
 # |                                                                                              |
-# | Both are made from result.json and log.jsonl alone. Runs that differ in their seeds, and in  |
-# | nothing else, are one row or one line.                                                       |
+# | Both are made from result.json, the table's last line from log.jsonl, too. Runs that differ  |
+# | in their seeds, and in nothing else, are one row or one line.                                |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -1535,25 +1447,6 @@ def setting_name(config: Config) -> str:
     return ", ".join(words)
 
 
-def result_files(folder: Path) -> list[Path]:
-    """The result.json of the runs in a folder, and of the folder itself.
-
-    Path.glob would say nothing of a folder that may not be looked into. It is listed here, so that
-    read says why it is left out.
-    """
-    found = []
-    for run_folder in [*sorted(folder.glob("*")), folder]:
-        file = run_folder / "result.json"
-        try:
-            file.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            pass
-        found.append(file)
-    return found
-
-
 def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """{(heading, digest of the images): {row name: results}} of the runs in the folders.
 
@@ -1562,14 +1455,14 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
     """
     runs, left_out = {}, []
     for folder in map(Path, folders):
-        paths = result_files(folder)
+        paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
             smoke = folder / "smoke"
             hint = f"; those of --smoke are in {smoke}" if smoke.is_dir() else ""
             left_out.append(f"{folder}: no finished run there{hint}")
         for path in paths:
             try:
-                result = read(path, RESULT)
+                result = read(path, TO_REPORT)
             except InputError as error:
                 left_out.append(str(error))
                 continue
@@ -1594,8 +1487,8 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
 def best_tested(result: dict) -> float:
     """The top-1 of the best tested epoch, for comparison with papers that report it."""
     folder = result["file"].parent
-    rows = read_log(folder)[1]
-    if len(rows) < result["config"].epochs:
+    rows = read_log(folder)
+    if len(rows) <= result["config"].epochs:  # the command, and a row an epoch
         print(f"kd_lt.py: {folder / 'log.jsonl'} is damaged: its end is left out", file=sys.stderr)
     return max([result["top1"], *(row["top1"] for row in rows if "top1" in row)])
 
@@ -1607,7 +1500,10 @@ def classes_in_parts(class_counts: list[int], parts: int) -> list[list[int]]:
 
 
 def print_rows(rows: dict[str, list[dict]]) -> None:
-    """Markdown of the results of each name: a table of means, then accuracies from head to tail."""
+    """Markdown of the results of each name: a table of means, then accuracies from head to tail.
+
+    A result is that of a run, or that of a teacher in it, which has neither teachers nor Config.
+    """
     print("| method | teacher, its top-1 | n | top-1 | many | medium | few |")
     print("|---|---|---|---|---|---|---|")
     for name, results in rows.items():
@@ -1632,12 +1528,11 @@ def print_rows(rows: dict[str, list[dict]]) -> None:
 
 def teacher_cell(results: list[dict]) -> str:
     """The teachers' methods and their top-1; the deviation is that between seeds alone."""
-    if not any(result.get("teachers") for result in results):
+    if not results[0].get("teachers"):
         return "-"
+    names = teacher_names(results[0]["teachers"], results[0]["config"].network)
     tops = [mean(teacher["top1"] for teacher in result["teachers"]) for result in results]
-    network = results[0]["config"].network
-    names = [teacher_names(result["teachers"], network) for result in results]
-    return f"{' / '.join(dict.fromkeys(names))}, {spread(tops)}"
+    return f"{names}, {spread(tops)}"
 
 
 def table(folders: list[str]) -> None:
@@ -1685,11 +1580,8 @@ def plot(file: str, folders: list[str]) -> None:
         draw_head_to_tail(axes, heading, rows)
     # Without a date and random names, two .svg of the same runs are the same file.
     metadata = {"Date": None} if file.endswith(".svg") else None
-    # First into memory: where the disk is full, write_whole keeps the picture that was there.
-    buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "kd-lt"}):
-        figure.savefig(buffer, format=Path(file).suffix[1:], dpi=150, metadata=metadata)
-    write_whole(Path(file), buffer.getvalue())
+        figure.savefig(file, dpi=150, metadata=metadata)
     print(f"plot      {file}")
 
 
@@ -1898,16 +1790,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
     if args.imb is None:
         args.imb = 1.0 if args.dataset.endswith(".npz") else 100.0
-    refuse_flags_without_effect(parser, args, given)
-    refuse_out_of_range(parser, args)
+    refuse_flags(parser, args, given)
     args.command = shlex.join(["kd_lt.py", *argv])
     return args
 
 
-def refuse_flags_without_effect(
+def refuse_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
 ) -> None:
-    """End with an error for a flag that this method, or a report, would ignore.
+    """End with an error for a flag that this method, or a report, would ignore or cannot use.
 
     An experiment that is not what its command says would go unnoticed.
     """
@@ -1939,11 +1830,7 @@ def refuse_flags_without_effect(
             parser.error(f"{flag} has no effect {reason}: leave it out")
     if not method.many_teachers and len(args.teacher_checkpoint or []) > 1:
         parser.error(f"--teacher-checkpoint: --method {args.method} has one teacher")
-
-
-def refuse_out_of_range(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error for a number that is too high for this method alone."""
-    for key, highest in METHODS[args.method].highest.items():
+    for key, highest in method.highest.items():
         value = getattr(args, key)
         if value is not None and value > highest:
             flag = "--" + key.replace("_", "-")
@@ -2003,23 +1890,16 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """The device and the precision of this run.
+    """The device and the precision of this run; sets what torch may do on a GPU.
 
     A GPU that is asked for and not there is an error, and so is bf16 on a GPU without it.
     """
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    if args.device != "cpu" and not cuda:
-        reason = "torch sees no GPU"
-        try:
-            torch.cuda.init()
-        except (AssertionError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
-        if args.device == "cuda":
-            raise InputError(f"--device cuda: {reason}")
-        drivers = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")
-        if any(Path(path).exists() for path in drivers):
-            print(f"warning   NVIDIA GPU not used, many times slower: {reason}", file=sys.stderr)
-
+    if args.device == "cuda" and not cuda:
+        raise InputError(
+            f"--device cuda: torch {torch.__version__} sees no GPU; "
+            "`python -c 'import torch; torch.cuda.init()'` says why"
+        )
     if cuda:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         if args.precision == "bf16" and not has_bf16:
@@ -2033,18 +1913,13 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, str]:
     torch.backends.cudnn.benchmark = cuda
     # fp32 means fp32, not TF32, a coarser form that GPUs have. In a bf16 run, too, the classifiers
     # are in fp32; some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which would make them TF32.
-    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if cuda else "cpu"), precision
 
 
 def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_name: str) -> None:
-    """What is about to be trained, on what, and how; a changed number is shown with its default."""
-
-    def show(key: str, value: float, default: float) -> str:
-        mark = f" (default {default:g})" if value != default else ""
-        return f"{key.replace('_', ' ')} {value:.12g}{mark}"
-
+    """What is about to be trained, on what, and how."""
     counts = data.class_counts
     groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
     print(
@@ -2057,8 +1932,7 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
         names = ", ".join(map(str, without))
         print(f"          no test image of class {names}: its accuracy cannot be told")
 
-    defaults = default_hyper(config.method, config.dataset)
-    hyper = [show(key, value, defaults[key]) for key, value in config.hyper.items()]
+    hyper = [f"{key.replace('_', ' ')} {value:.12g}" for key, value in config.hyper.items()]
     print(f"method    {printed_name(config.method)}" + (f": {', '.join(hyper)}" if hyper else ""))
 
     print(f"student   {config.network}, {config.head} classifier, seed {config.seed}")
@@ -2070,13 +1944,10 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
         print(f"teacher   {teacher['network']} by {name}, {origin}{colour}")
 
     steps = math.ceil(sum(counts) / config.batch_size)
-    recipe = [
-        show("epochs", config.epochs, Config.epochs) + f" of {steps} steps",
-        show("batch_size", config.batch_size, Config.batch_size),
-        show("lr", config.lr, Config.lr),
-        show("weight_decay", config.weight_decay, Config.weight_decay),
-    ]
-    print(f"recipe    {', '.join(recipe)}")
+    print(
+        f"recipe    epochs {config.epochs} of {steps} steps, batch size {config.batch_size}, "
+        f"lr {config.lr:.12g}, weight decay {config.weight_decay:.12g}"
+    )
     print(f"device    {machine_name}, {config.precision}")
     print(f"folder    {Path(args.runs_dir) / run_name(config)}\n", flush=True)
 
@@ -2090,7 +1961,7 @@ def train_and_report(args: argparse.Namespace) -> None:
     print_plan(config, data, args, machine(device))
 
     folder = run(config, data, args, device)
-    result = read(folder / "result.json", RESULT)
+    result = read(folder / "result.json", TO_REPORT)
     print(f"result    {folder}, test accuracy in % after the last epoch\n")
     rows = {}
     for i, teacher in enumerate(result["teachers"], start=1):
@@ -2118,9 +1989,7 @@ def main(argv: list[str]) -> int:
     except FolderBusyError as error:
         # "Try again later", as sysexits.h has it: run_all.sh does not count this run as failed.
         status, message = 75, str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
         status = 1
         message = (
             f"out of memory with --batch-size {args.batch_size}. Try a smaller batch, fewer or "
@@ -2131,14 +2000,10 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell reports of a program that was ended by a closed pipe
     except OSError as error:
-        # A failed write does not say which file it was.
+        # A failed write does not say where: it was a file of this command, or its printed output.
         written = args.plot[0] if args.plot else args.runs_dir
         place = error.filename or f"{written}, or where the output goes"
         status, message = 1, f"{place}: {error.strerror or error}"
-        try:
-            sys.stdout.flush()
-        except OSError:  # Python would fail once more when it flushes at its end, with status 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             print()  # below the progress of the epoch
@@ -2148,7 +2013,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout is None:  # the caller closed it, as `>&-` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  ends with the process
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ± still gets a table
     sys.exit(main(sys.argv[1:]))

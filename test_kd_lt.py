@@ -1668,21 +1668,6 @@ def test_a_block_in_plain_words(shortcut, channels, stride):
     assert_close(block(x), (normalised(block.bn2, block.conv2(inner)) + added).relu())
 
 
-def test_weights_load_with_and_without_batch_counters():
-    """Files of version 2 have none; networks are torch's own and have them."""
-    model, fresh = ResNet("resnet8x4", 5), ResNet("resnet8x4", 5)
-    model(torch.randn(8, 3, 16, 16))  # changes the running statistics
-    saved = model.state_dict()
-    without = {key: v for key, v in saved.items() if "num_batches_tracked" not in key}
-    assert saved["bn1.num_batches_tracked"] == 1 and len(without) < len(saved)
-    for content in (saved, without):
-        kd_lt.load_weights(fresh, content)
-        assert_close({key: fresh.state_dict()[key] for key in without}, without, rtol=0, atol=0)
-    lacking = {key: v for key, v in saved.items() if key != "conv1.weight"}
-    with pytest.raises(RuntimeError, match="conv1.weight"):
-        kd_lt.load_weights(fresh, lacking)
-
-
 # ---- files: own images, and small ones in the place of CIFAR's
 
 
@@ -3286,28 +3271,6 @@ def test_an_output_that_is_full_is_not_blamed_on_the_runs_alone():
         )
     assert ended.returncode == 1 and "or where the output goes: No space left" in ended.stderr
     assert ended.stderr.count("\n") == 1
-
-
-def test_a_checkpoint_of_version_1_or_2_is_continued(finished, tiny, tmp_path):
-    """It does not say who taught, and has no batch counters."""
-    runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
-    student = runs / finished[1].name
-    content = torch.load(student / "last.pt", weights_only=True)
-    new = ("teachers", "versions")
-    old = {key: value for key, value in content.items() if key not in new}
-    old["student"] = {k: v for k, v in old["student"].items() if "num_batches" not in k}
-    begun = json.loads((student / "config.json").read_text())
-    before = json.loads((finished[1] / "result.json").read_text())
-    assert begun.pop("version") == kd_lt.VERSION
-    for version, named in (("2.0.0", {"version": "2.0.0"}), ("1.0.0", {})):
-        torch.save(old, student / "last.pt")
-        (student / "config.json").write_text(json.dumps(begun | named))
-        (student / "result.json").unlink(missing_ok=True)
-        finish(flags(tiny, runs, "--method kd"))
-        after = json.loads((student / "result.json").read_text())
-        assert after["version"] == f"{version}, then {kd_lt.VERSION}"
-        assert before["per_class"] == after["per_class"] and after["devices"] == before["devices"]
-    assert before["devices"] == [kd_lt.machine(torch.device("cpu"))]
 
 
 def test_a_resumed_run_keeps_its_earlier_devices(failed, tiny, tmp_path):
