@@ -840,7 +840,8 @@ def last_line_outside_torch(error: BaseException) -> str:
     """The file and line that raised an error, or that called torch, where torch raised it."""
     own_torch = str(Path(torch.__file__).parent) + os.sep
     lines = traceback.extract_tb(error.__traceback__)
-    last = [line for line in lines if not line.filename.startswith(own_torch)][-1]
+    outside = [line for line in lines if not line.filename.startswith(own_torch)]
+    last = (outside or lines)[-1]
     return f"{last.filename}, line {last.lineno}"
 
 

@@ -55,6 +55,7 @@ from models import NETWORKS, ResNet
 
 THREADS = torch.get_num_threads()  # for test_speed; elsewhere batches of four are slower on more
 torch.set_num_threads(1)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # ---- a worked example: bkd on one image of two classes, by hand
 
@@ -92,19 +93,30 @@ class Example:
 
     @property
     def rectified_logits(self):
+        """What krdistill imitates, (B, C)."""
         return kd_lt.rectify_logits(self.teacher_logits, self.targets, self.class_counts)
 
 
 LOSSES = {  # the function, and which fields of an example it takes
-    "ce": (F.cross_entropy, "student_logits targets"),
-    "bsce": (kd_lt.balanced_softmax_loss, "student_logits targets class_counts"),
-    "kd": (kd_lt.kd_loss, "student_logits teacher_logits targets"),
-    "bkd": (kd_lt.bkd_loss, "student_logits teacher_logits targets class_counts"),
-    "cbd": (kd_lt.cbd_loss, "student_logits student_features teacher_features targets"),
-    "dive": (kd_lt.dive_loss, "student_logits teacher_logits targets class_counts"),
+    "ce": (F.cross_entropy, ("student_logits", "targets")),
+    "bsce": (kd_lt.balanced_softmax_loss, ("student_logits", "targets", "class_counts")),
+    "kd": (kd_lt.kd_loss, ("student_logits", "teacher_logits", "targets")),
+    "bkd": (kd_lt.bkd_loss, ("student_logits", "teacher_logits", "targets", "class_counts")),
+    "cbd": (
+        kd_lt.cbd_loss,
+        ("student_logits", "student_features", "teacher_features", "targets"),
+    ),
+    "dive": (kd_lt.dive_loss, ("student_logits", "teacher_logits", "targets", "class_counts")),
     "krdistill": (
         kd_lt.krdistill_loss,
-        "student_logits student_features rectified_logits rectified_features targets class_counts",
+        (
+            "student_logits",
+            "student_features",
+            "rectified_logits",
+            "rectified_features",
+            "targets",
+            "class_counts",
+        ),
     ),
 }
 OURS = [name for name in LOSSES if name != "ce"]
@@ -150,25 +162,17 @@ def make_example(seed, batch=4, num_classes=5, scale=2.0, counts=None):
 
 def loss_of(name, example, function=None, **hyper):
     """The loss of an example, by the program's function or by another."""
-    own, arguments = LOSSES[name]
-    return (function or own)(*(getattr(example, key) for key in arguments.split()), **hyper)
+    ours, arguments = LOSSES[name]
+    return (function or ours)(*(getattr(example, key) for key in arguments), **hyper)
 
 
 def value_and_gradients(name, example, function=None, **hyper):
     """The loss, and its gradients in the student's tensors; none may reach the teacher's."""
-    teacher = [
-        tensor.detach().requires_grad_()
-        for tensor in (
-            example.teacher_logits,
-            example.rectified_features,
-            *example.teacher_features,
-        )
-    ]
     example = replace(
         example,
-        teacher_logits=teacher[0],
-        rectified_features=teacher[1],
-        teacher_features=teacher[2:],
+        teacher_logits=example.teacher_logits.detach().requires_grad_(),
+        rectified_features=example.rectified_features.detach().requires_grad_(),
+        teacher_features=[f.detach().requires_grad_() for f in example.teacher_features],
     )
     learned = ["student_logits"]
     if name in ("cbd", "krdistill"):
@@ -176,7 +180,8 @@ def value_and_gradients(name, example, function=None, **hyper):
     inputs = {key: getattr(example, key).detach().requires_grad_() for key in learned}
     loss = loss_of(name, replace(example, **inputs), function, **hyper)
     loss.backward()
-    assert all(tensor.grad is None for tensor in teacher)
+    of_teachers = [example.teacher_logits, example.rectified_features, *example.teacher_features]
+    assert all(tensor.grad is None for tensor in of_teachers)
     return loss.detach(), {key: tensor.grad for key, tensor in inputs.items()}
 
 
@@ -257,9 +262,9 @@ def oracle(name, example, temperature=2.0, alpha=None, beta=None, gamma=2.0, pow
     return statistics.fmean(losses)
 
 
-def check_against_oracle(name, example, function=None, **h):
+def check_against_oracle(name, example, function=None, **hyper):
     """Compare the value, and the gradients with central differences of the oracle."""
-    value, gradients = value_and_gradients(name, example, function, **h)
+    value, gradients = value_and_gradients(name, example, function, **hyper)
     example = replace(
         example,
         **{
@@ -275,21 +280,21 @@ def check_against_oracle(name, example, function=None, **h):
         teacher_features=[f.tolist() for f in example.teacher_features],
         class_counts=[float(n) for n in example.class_counts],
     )
-    assert value.item() == approx(oracle(name, example, **h), rel=1e-10)
+    assert value.item() == approx(oracle(name, example, **hyper), rel=1e-10)
     for key, gradient in gradients.items():
         rows, step = getattr(example, key), 1e-5
         for b, c in np.ndindex(*gradient.shape):
             here, around = rows[b][c], []
             for moved in (here + step, here - step):
                 rows[b][c] = moved
-                around.append(oracle(name, example, **h))
+                around.append(oracle(name, example, **hyper))
             rows[b][c] = here
             difference = (around[0] - around[1]) / (2 * step)
             assert gradient[b, c].item() == approx(difference, rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize(
-    "name, h",
+    "name, hyper",
     [
         *((name, {}) for name in OURS),
         ("kd", {"temperature": 0.7, "alpha": 0.3}),
@@ -299,9 +304,9 @@ def check_against_oracle(name, example, function=None, **h):
         ("krdistill", {"temperature": 3.0, "alpha": 0.2, "gamma": 7.0}),
     ],
 )
-def test_loss_is_the_oracle(name, h):
+def test_loss_is_the_oracle(name, hyper):
     for seed, batch, num_classes in ((0, 4, 5), (1, 1, 3), (2, 3, 7)):
-        check_against_oracle(name, make_example(seed, batch, num_classes), **h)
+        check_against_oracle(name, make_example(seed, batch, num_classes), **hyper)
 
 
 def alone(function):
@@ -319,6 +324,19 @@ def test_a_loss_stands_alone(name):
     check_against_oracle(name, make_example(3), alone(function.__name__))
     hyper = [v for key, v in kd_lt.METHODS[name].hyper.items() if key != "bkd_start"]
     assert hyper == [*(function.__defaults__ or ())]  # the program's defaults are the loss's
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("effective_number_weights", ([9, 3, 1],)),
+        ("balanced_prototypes", (torch.eye(3),)),
+        ("rectify_logits", (torch.eye(3), torch.tensor([0, 2, 2]), [9, 3, 1])),
+        ("rectify_features", (torch.eye(3), torch.tensor([0, 2, 2]), torch.eye(3), torch.eye(3))),
+    ],
+)
+def test_what_a_loss_gets_stands_alone(name, arguments):
+    assert_close(alone(name)(*arguments), getattr(kd_lt, name)(*arguments))
 
 
 def test_cross_entropy_skips_images_labelled_minus_100_and_the_kl_does_not():
@@ -342,47 +360,30 @@ def test_a_loss_compiles_as_one_graph(name):
     assert_close(loss_of(name, example, compiled), loss_of(name, example))
 
 
-def test_identities():
+def test_equal_weights_make_bkd_kd():
     example = make_example(6, counts=[500, 120, 30, 8, 1])
-    equal, like = (
-        replace(example, class_counts=[77] * 5),
-        replace(example, student_logits=example.teacher_logits),
-    )
-    ce, bsce, kd = (loss_of(name, example) for name in ("ce", "bsce", "kd"))
-    kl, flatter = (
-        loss_of("kd", example, temperature=3.0) - ce,
-        loss_of("kd", replace(example, teacher_logits=0.4 * example.teacher_logits)),
-    )
-    t = torch.cat([F.normalize(f, dim=1) for f in example.teacher_features], 1)
-    z_plus_log_n = example.student_logits + doubles(example.class_counts).log()
-    one_teacher = replace(example, teacher_features=[example.rectified_features])
-    three_equal_ones = replace(
-        example,
-        student_features=example.student_features.repeat(1, 3),
-        teacher_features=[example.rectified_features] * 3,
-    )
-    for value, expected in [
-        (loss_of("kd", like), loss_of("ce", like)),  # of a student like its teacher
-        (
-            value_and_gradients("kd", like, alpha=5.0)[1]["student_logits"],
-            value_and_gradients("ce", like)[1]["student_logits"],
-        ),
-        (loss_of("bkd", equal), kd),
-        (loss_of("bkd", example, beta=0.0), kd),
-        (loss_of("bsce", equal), ce),
-        (bsce, F.cross_entropy(z_plus_log_n, example.targets)),  # n does what pi does
-        (loss_of("dive", example, alpha=0), bsce),
-        (loss_of("dive", example, temperature=3.0, alpha=0.3, power=1), 0.7 * bsce + 0.3 * kl),
-        (loss_of("dive", example, alpha=1, power=0.4), flatter - ce),  # q = softmax(power z / T)
-        (loss_of("krdistill", example, alpha=0, gamma=0), bsce),
-        # cbd sees directions only, and equal teachers are one.
-        (loss_of("cbd", replace(example, student_features=7 * t)), 0.6 * ce),
-        (loss_of("cbd", replace(example, student_features=-t), alpha=1, beta=3), doubles(6)),
-        (loss_of("cbd", three_equal_ones), loss_of("cbd", one_teacher)),
-    ]:
-        assert_close(value, expected)
+    kd = loss_of("kd", example)
+    assert_close(loss_of("bkd", replace(example, class_counts=[77] * 5)), kd)
+    assert_close(loss_of("bkd", example, beta=0.0), kd)
     assert abs(loss_of("bkd", example) - kd) > 0.1  # weights by an image's label would cancel in q
-    # After the ReLU a row of features may be all zero.
+
+
+def test_a_student_like_its_teacher_learns_from_the_labels_alone():
+    example = make_example(6)
+    like = replace(example, student_logits=example.teacher_logits)
+    assert_close(value_and_gradients("kd", like, alpha=5.0), value_and_gradients("ce", like))
+
+
+def test_dive_with_power_1_imitates_the_teacher_as_it_is():
+    example = make_example(6)
+    kl = loss_of("kd", example, temperature=3.0) - loss_of("ce", example)
+    dive = loss_of("dive", example, temperature=3.0, alpha=0.3, power=1)
+    assert_close(dive, 0.7 * loss_of("bsce", example) + 0.3 * kl)
+
+
+def test_cbd_is_finite_for_features_of_zeros():
+    """After the ReLU a row of features may be all zero."""
+    example = make_example(6)
     dead = replace(
         example,
         student_features=torch.zeros_like(example.student_features),
@@ -482,87 +483,82 @@ def test_counts_in_float64_stay_so_and_the_loss_is_float32_like_its_logits():
 
 
 Z, Y, N, EYE = torch.ones(2, 3), torch.tensor([0, 1]), [9, 3, 1], torch.eye(3)
-GOOD = {  # arguments that each function takes
-    "balanced_softmax_loss": (Z, Y, N),
-    "kd_loss": (Z, Z, Y),
-    "bkd_loss": (Z, Z, Y, N),
-    "cbd_loss": (Z, Z, [Z], Y),
-    "dive_loss": (Z, Z, Y, N),
-    "krdistill_loss": (Z, Z, Z, Z, Y, N),
-    "effective_number_weights": (N,),
-    "rectify_logits": (Z, Y, N),
-    "balanced_prototypes": (Z,),
-    "rectify_features": (Z, Y, EYE, EYE),
-}
-BAD_ARGUMENTS = {  # and what none of those that have the argument takes; many would broadcast
-    "class_counts": [
-        [9, 3, 0],
-        np.array([9, 0.5, 1]),
-        [9, math.nan, 1],
-        [N],
-        torch.ones(1, 3),
-        [9, 3],
-        [9],
-        np.ones(1),
-        torch.ones(1),
-    ],
-    "class_means": [Z[:1], Z[0], torch.ones(2, 3, 4)],
-    "temperature": [0, -1.0, math.nan, math.inf],
-    "beta": [1, -0.1, math.nan],
-    "targets": [Y[:1]],
-    **dict.fromkeys(
-        ("teacher_logits", "student_features", "rectified_features", "teacher_features"),
-        [Z[:1], Z[:, :1]],
+ROW, COLUMN = Z[:1], Z[:, :1]  # would broadcast
+ONE_IMAGE, DENSE, CUBE = Z[0], torch.ones(2, 3, 4, 4), Z[:, :, None]
+REFUSED = [  # a function, arguments of which one is wrong, and its name
+    *(
+        (kd_lt.kl_to_target, (Z, Z, temperature), "temperature")
+        for temperature in (0, -1.0, math.nan, math.inf)
     ),
-}
+    (kd_lt.kd_loss, (Z, ROW, Y), "teacher_logits"),
+    (kd_lt.kd_loss, (Z, COLUMN, Y), "teacher_logits"),
+    (kd_lt.bkd_loss, (Z, ROW, Y, N), "teacher_logits"),
+    (kd_lt.bkd_loss, (Z, COLUMN, Y, N), "teacher_logits"),
+    (kd_lt.bkd_loss, (Z, Z, Y, [9, 3]), "class_counts"),
+    (kd_lt.cbd_loss, (Z, Z, Z, Y), "teacher_features"),  # not in a list
+    (kd_lt.cbd_loss, (Z, Z, [ROW], Y), "teacher_features"),
+    (kd_lt.cbd_loss, (Z, Z, [COLUMN], Y), "teacher_features"),
+    (kd_lt.cbd_loss, (Z, ROW, [Z], Y), "student_features"),
+    (kd_lt.cbd_loss, (Z, COLUMN, [Z], Y), "student_features"),
+    (kd_lt.cbd_loss, (Z, ROW, [ROW], Y), "student_logits"),  # of another batch
+    (kd_lt.cbd_loss, (Z, CUBE, [CUBE], Y), "student_logits"),
+    (kd_lt.dive_loss, (Z, ROW, Y, N), "teacher_logits"),
+    (kd_lt.dive_loss, (Z, COLUMN, Y, N), "teacher_logits"),
+    (kd_lt.dive_loss, (Z, Z, Y, [9, 3]), "class_counts"),
+    (kd_lt.krdistill_loss, (Z, ROW, Z, Z, Y, N), "student_features"),
+    (kd_lt.krdistill_loss, (Z, COLUMN, Z, Z, Y, N), "student_features"),
+    (kd_lt.krdistill_loss, (Z, Z, ROW, Z, Y, N), "rectified_logits"),
+    (kd_lt.krdistill_loss, (Z, Z, Z, ROW, Y, N), "rectified_features"),
+    (kd_lt.krdistill_loss, (Z, ROW, Z, ROW, Y, N), "student_logits"),  # of another batch
+    (kd_lt.krdistill_loss, (Z, CUBE, Z, CUBE, Y, N), "student_logits"),
+    (kd_lt.krdistill_loss, (Z, Z, Z, Z, Y, [9, 3]), "class_counts"),
+    (kd_lt.balanced_softmax_loss, (Z, Y, [9, 3]), "class_counts"),
+    (kd_lt.effective_number_weights, ([9, 3, 0],), "class_counts"),
+    (kd_lt.effective_number_weights, (np.array([9, 0.5, 1]),), "class_counts"),
+    (kd_lt.effective_number_weights, ([9, math.nan, 1],), "class_counts"),
+    (kd_lt.effective_number_weights, ([N],), "class_counts"),
+    *((kd_lt.effective_number_weights, (N, beta), "beta") for beta in (1, -0.1, math.nan)),
+    *((kd_lt.balanced_prototypes, (m,), "class_means") for m in (ROW, Z[0], CUBE)),
+    (kd_lt.rectify_logits, (Z, Y, [9, 3]), "class_counts"),
+    (kd_lt.rectify_features, (ROW, Y, EYE, EYE), "teacher_features"),
+    (kd_lt.rectify_features, (COLUMN, Y, EYE, EYE), "teacher_features"),
+    (kd_lt.rectify_features, (Z, Y[:1], EYE, EYE), "targets"),
+    (kd_lt.rectify_features, (Z, Y, EYE[:1], EYE), "class_means"),
+    *(
+        refused
+        for z in (ONE_IMAGE, DENSE)
+        for refused in (
+            (kd_lt.balanced_softmax_loss, (z, Y, N), "logits"),
+            (kd_lt.kd_loss, (z, z, Y), "logits"),
+            (kd_lt.bkd_loss, (z, z, Y, N), "logits"),
+            (kd_lt.cbd_loss, (z, Z, [Z], Y), "logits"),
+            (kd_lt.dive_loss, (z, z, Y, N), "logits"),
+            (kd_lt.krdistill_loss, (z, Z, Z, Z, Y, N), "logits"),
+            (kd_lt.rectify_logits, (z, Y, N), "logits"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "function, argument",
-    [
-        (function, argument)
-        for function in GOOD
-        for argument in BAD_ARGUMENTS
-        if argument in inspect.signature(getattr(kd_lt, function)).parameters
-        # cbd's beta is a weight; rectify_logits has the other arguments fit its teacher_logits.
-        and (function, argument) not in (("cbd_loss", "beta"), ("rectify_logits", "teacher_logits"))
-        # In the losses it is torch that refuses bad targets.
-        and (argument != "targets" or function.startswith("rectify"))
-    ],
-)
-def test_bad_arguments(function, argument):
-    names, bad = inspect.signature(getattr(kd_lt, function)).parameters, BAD_ARGUMENTS[argument]
-    if (function, argument) == ("effective_number_weights", "class_counts"):
-        bad = bad[:5]  # the others are counts of fewer classes
-    if (function, argument) == ("cbd_loss", "teacher_features"):
-        bad = [[value] for value in bad]
-    for value in bad:
-        arguments = dict(zip(names, GOOD[function], strict=False)) | {argument: value}
-        with pytest.raises(ValueError, match=rf"\b{argument}\b"):
-            alone(function)(**arguments)
-
-
-def test_features_of_another_batch_than_the_logits_are_refused():
-    for features in (Z[:1], Z[:, :, None]):
-        with pytest.raises(ValueError, match="student_logits"):
-            kd_lt.cbd_loss(Z, features, [features], Y)
-        with pytest.raises(ValueError, match="student_logits"):
-            kd_lt.krdistill_loss(Z, features, Z, features, Y, N)
+@pytest.mark.parametrize("function, arguments, named", REFUSED)
+def test_wrong_arguments_are_refused(function, arguments, named):
+    with pytest.raises(ValueError, match=rf"\b(student_|teacher_)?{named}\b"):
+        function(*arguments)
 
 
 @pytest.mark.parametrize("name", ["kd", "bkd", "dive", "krdistill"])
-def test_a_class_that_all_logits_exclude_adds_nothing(name):
-    """-inf, as for classes that a task of several does not have."""
-    example = make_example(36)
-    without_the_last = torch.tensor([0.0] * (len(COUNTS) - 1) + [-math.inf])
-    logits = ("student_logits", "teacher_logits")
-    excluded = {key: getattr(example, key) + without_the_last for key in logits}
-    excluded = replace(example, **excluded, targets=example.targets % (len(COUNTS) - 1))
-    value, gradients = value_and_gradients(name, excluded)
-    assert value.isfinite() and gradients["student_logits"].isfinite().all()
-    if name == "kd":
-        smaller = {key: getattr(example, key)[:, :-1] for key in logits}
-        assert_close(value, loss_of(name, replace(excluded, **smaller)))
+@pytest.mark.parametrize(
+    "masked", [["teacher_logits"], ["teacher_logits", "student_logits"]], ids=" ".join
+)
+def test_a_class_of_probability_0_adds_nothing(name, masked):
+    """-inf, as for classes that a task of several does not have; -1e6 gives 0, too."""
+    example = replace(make_example(36), targets=torch.zeros(4, dtype=torch.int64))
+    results = []
+    for value in (-math.inf, -1e6):
+        mask = torch.tensor([0.0, 0.0, 0.0, 0.0, value])
+        logits = {key: getattr(example, key) + mask for key in masked}
+        results.append(value_and_gradients(name, replace(example, **logits)))
+    assert_close(*results)  # not equal where one is nan
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -587,41 +583,6 @@ def test_half_precision_is_computed_in_float32(name, dtype):
         assert_close(gradient[1:].float(), exact[key][1:], rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["kd", "bkd", "dive", "krdistill"])
-@pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min], ids=str)
-def test_a_class_that_the_teacher_rules_out_adds_nothing(name, mask):
-    example = replace(make_example(22), targets=torch.zeros(4, dtype=torch.int64))
-    example.teacher_logits[:, 4] = mask
-    value, gradients = value_and_gradients(name, example)
-    example.teacher_logits[:, 4] = -1e6  # a probability of 0, too
-    assert_close(value, loss_of(name, example))
-    assert gradients["student_logits"].isfinite().all()
-
-
-@pytest.mark.parametrize("name", [*OURS, "rectify_logits"])
-@pytest.mark.parametrize("shape", [(5,), (4, 5, 2, 2)], ids=["one image", "dense"])
-def test_logits_of_another_shape_are_refused(name, shape):
-    logits, example = torch.zeros(shape), make_example(23)
-    with pytest.raises(ValueError, match="logits"):
-        if name == "rectify_logits":
-            kd_lt.rectify_logits(logits, example.targets, example.class_counts)
-        elif name == "krdistill":  # its rectified_logits are good: made from teacher_logits
-            loss_of(name, replace(example, student_logits=logits))
-        else:
-            loss_of(name, replace(example, student_logits=logits, teacher_logits=logits))
-
-
-def test_a_bare_tensor_is_no_list_of_teachers():
-    example = make_example(24)
-    with pytest.raises(ValueError, match="teacher_features"):
-        kd_lt.cbd_loss(
-            example.student_logits,
-            example.student_features,
-            example.student_features,
-            example.targets,
-        )
-
-
 COUNTS = [200, 50, 9, 3, 1]
 
 
@@ -638,13 +599,10 @@ COUNTS = [200, 50, 9, 3, 1]
     ],
     ids=["tuple", "array", "stride", "byte order", "uint8", "int64", "float32"],
 )
-@pytest.mark.parametrize("name", ["bsce", "bkd", "dive", "krdistill"])
-def test_every_form_of_class_counts_is_the_same_loss(name, counts):
-    example = make_example(25)
-    assert_close(
-        loss_of(name, replace(example, class_counts=counts)),
-        loss_of(name, replace(example, class_counts=COUNTS)),
-    )
+def test_every_form_of_class_counts_is_taken(counts):
+    logits = torch.zeros(2, 5)
+    assert kd_lt.as_counts(counts, logits).tolist() == COUNTS
+    assert kd_lt.as_counts(counts, logits).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -656,15 +614,22 @@ def test_every_form_of_class_counts_is_the_same_loss(name, counts):
         (n for n in COUNTS),
         None,
         5,
-        "25951",
-        [math.inf, 1, 1, 1, 1],
+        [],
+        COUNTS[:1],
+        COUNTS[:4],
+        np.ones(1),
+        torch.ones(1),
+        torch.ones(1, 5),
+        [200, 50, 9, 3, 0],
+        np.array([200, 50, 9, 3, 0.5]),
+        [200, 50, 9, 3, math.nan],
+        [200, 50, 9, 3, math.inf],
     ],
-    ids=["dict", "values of a dict", "set", "iterator", "None", "number", "text", "infinite"],
+    ids=str,
 )
-def test_class_counts_without_an_order_or_numbers_are_refused(counts):
-    example = make_example(26)
+def test_class_counts_without_an_order_or_of_another_number_are_refused(counts):
     with pytest.raises(ValueError, match="class_counts"):
-        kd_lt.balanced_softmax_loss(example.student_logits, example.targets, counts)
+        kd_lt.as_counts(counts, torch.zeros(2, 5))
 
 
 class NoFloat64(TorchDispatchMode):
@@ -715,25 +680,11 @@ def test_prototypes_keep_short_directions():
 @pytest.mark.parametrize(
     "epochs, rates",
     [
-        (
-            200,
-            {
-                0: 0.02,
-                1: 0.04,
-                2: 0.06,
-                3: 0.08,
-                4: 0.1,
-                5: 0.1,
-                159: 0.1,
-                160: 1e-3,
-                179: 1e-3,
-                180: 1e-5,
-                199: 1e-5,
-            },
-        ),
+        (200, {0: 0.02, 4: 0.1, 159: 0.1, 160: 1e-3, 179: 1e-3, 180: 1e-5, 199: 1e-5}),
         (30, {4: 0.1, 23: 0.1, 24: 1e-3, 26: 1e-3, 27: 1e-5, 29: 1e-5}),
         (1, {0: 0.02}),
     ],
+    ids=["200", "30", "1"],
 )
 def test_learning_rate(epochs, rates):
     assert {e: kd_lt.learning_rate(e, epochs, 0.1) for e in rates} == approx(rates, rel=1e-12)
@@ -826,12 +777,13 @@ class Plain:
         if self.config.method == "krdistill":
             with torch.no_grad():
                 images = (dataset.train_images / 255 - MEAN_RGB) / STD_RGB
-                features = self.teachers[0](images).features
+                features = self.teachers[0](images.to(trainer.device)).features
             means = [features[dataset.train_targets == c].mean(0) for c in range(10)]
             self.means = torch.stack(means)
             self.prototypes = frame_oracle(self.means).float()
 
     def loss(self, images, y, counts):
+        """The method's loss of one batch."""
         hyper, method = dict(self.config.hyper), self.config.method
         hyper.pop("bkd_start", None)
         with torch.no_grad():
@@ -858,6 +810,7 @@ class Plain:
         return loss_of(method, example, **hyper)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @pytest.mark.parametrize(
     "setting",
     [
@@ -868,8 +821,11 @@ class Plain:
     ],
     ids=" ".join,
 )
-def test_the_step_is_the_plain_step(setting, small):
-    trainer = make_trainer(small, *setting, "--lr", "0.002", "--weight-decay", "0.2")
+def test_the_step_is_the_plain_step(setting, device, small, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tolerance = 1e-5 if device == "cpu" else 1e-4
+    own_flags = ("--lr", "0.002", "--weight-decay", "0.2")
+    trainer = make_trainer(small, *setting, *own_flags, device=device)
     plain = Plain(trainer, small)
     momentum = [torch.zeros_like(p) for p in plain.parameters]
     width = sum(teacher.num_features for teacher in trainer.teachers)
@@ -879,8 +835,10 @@ def test_the_step_is_the_plain_step(setting, small):
     for epoch in (0, 1):
         trainer.student.eval()  # as a test leaves it
         trainer.start_epoch(epoch)
-        counts = torch.ones(10) if setting[0] == "bkd" and epoch == 0 else plain.counts
+        equal = setting[0] == "bkd" and epoch == 0  # before its --bkd-start
+        counts = torch.ones_like(plain.counts) if equal else plain.counts
         for images, y in DataLoader(PlainImages(small, trainer.batches), 32):
+            images, y = images.to(device), y.to(device)
             before = trainer.loss_sum.item()
             trainer.step(len(y))
             loss = plain.loss(images, y, counts)
@@ -889,12 +847,13 @@ def test_the_step_is_the_plain_step(setting, small):
                 for p, v, g in zip(plain.parameters, momentum, gradients, strict=True):
                     v.mul_(0.9).add_(g + 0.2 * p)
                     p.sub_(0.002 * (epoch + 1) / 5 * v)
-            assert (trainer.loss_sum.item() - before) / len(y) == approx(loss.item(), rel=1e-5)
+            assert (trainer.loss_sum.item() - before) / len(y) == approx(loss.item(), rel=tolerance)
             assert not trainer.loss_sum.requires_grad  # or it would hold every step's graph
             ours = [trainer.student, trainer.adapter, *trainer.teachers]
-            for network, same in zip(ours, plain.networks, strict=True):
-                assert_close(network.state_dict(), same.state_dict(), rtol=1e-5, atol=1e-5)
-                same.load_state_dict(network.state_dict())  # or rounding would grow
+            for network, theirs in zip(ours, plain.networks, strict=True):
+                state = network.state_dict()
+                assert_close(state, theirs.state_dict(), rtol=tolerance, atol=tolerance)
+                theirs.load_state_dict(state)  # or rounding would grow
 
 
 @pytest.mark.parametrize("share, epochs, first", [(0.8, 200, 160), (0.55, 100, 55)])
@@ -906,21 +865,16 @@ def test_bkd_starts_with_the_first_epoch_of_its_share(small, share, epochs, firs
         assert trainer.bkd_counts.tolist() == counts
 
 
-def test_the_seed_decides_the_initial_weights(small):
-    trainers = [make_trainer(small, "krdistill", "--seed", seed) for seed in "001"]
-    for name in ("student", "adapter"):
-        one, same, other = (as_bytes(dict(getattr(t, name).state_dict())) for t in trainers)
-        assert one == same != other
-
-
-def test_the_seed_decides_the_batches_and_the_adapter_is_affine(small):
-    draws = []
+def test_the_seed_decides_the_initial_weights_and_the_batches(small):
+    made = []
     for seed in "001":
         trainer = make_trainer(small, "krdistill", "--seed", seed)
         trainer.start_epoch(0)
-        draws.append(trainer.batches.draws.tolist())
-    assert draws[0] == draws[1] != draws[2]
-    assert trainer.adapter.bias is not None
+        weights = [trainer.student.conv1.weight, trainer.student.head.weight]
+        parts = [*weights, trainer.adapter.weight, trainer.batches.draws]
+        made.append([part.tolist() for part in parts])
+    one, same, other = made
+    assert one == same and all(a != b for a, b in zip(one, other, strict=True))
 
 
 def test_every_epoch_has_its_rate_and_its_own_batches(small):
@@ -1021,24 +975,9 @@ def test_speed(request):
     print(f"arithmetic   {speed:9.3f} TFLOP/s, {speed / peak:.0%} of a large matrix product's")
 
 
-@pytest.mark.parametrize(
-    "method, has_prior",
-    [
-        ("ce", True),
-        ("kd", True),
-        ("bkd", True),
-        ("bsce", False),
-        ("cbd", False),
-        ("dive", False),
-        ("krdistill", False),
-    ],
-)
-def test_krdistill_knows_which_teachers_have_no_prior_in_them(small, method, has_prior):
-    trainer = make_trainer(small, "krdistill")
-    config = replace(trainer.config, teachers=[{"method": method}])
-    again = kd_lt.Trainer(config, small, [*trainer.teachers], torch.device("cpu"))
-    assert torch.equal(again.prior_counts, again.class_counts) == has_prior
-    assert len(again.prior_counts.unique()) == 1 or has_prior  # equal counts change nothing
+def test_three_methods_leave_the_class_prior_in_their_logits():
+    """What rectify_logits has to subtract; the plain step shows that it is used."""
+    assert {name for name, m in kd_lt.METHODS.items() if m.learns_prior} == {"ce", "kd", "bkd"}
 
 
 # ---- what a CUDA graph needs, and its capture with stand-ins for torch.cuda's functions
@@ -1102,9 +1041,9 @@ def test_frozen_teachers_say_what_autocast_would(small):
 def test_a_bf16_step_keeps_loss_weights_and_momentum_in_float32(method, small, monkeypatch):
     under_autocast, loss = [], kd_lt.Trainer.loss
 
-    def watched(*own):
+    def watched(*args):
         under_autocast.append(torch.is_autocast_enabled("cpu"))
-        value = loss(*own)
+        value = loss(*args)
         assert value.dtype == torch.float32  # although the class counts are in float64
         return value
 
@@ -1136,149 +1075,107 @@ def changed_by_steps(trainer):
 
 
 @pytest.fixture
-def seen(small, monkeypatch):
-    """What capture does, with stand-ins for the functions of torch.cuda that it calls.
-
-    modes: what it passed to set_sync_debug_mode; sizes, replayed: the batch sizes of the graphs
-    that it recorded, and of those that were replayed; pools: the memory of the recorded ones;
-    waits: which stream was waited for; on: which one is in use. check() demands that warm-up and
-    recording left no trace in the trainer.
-    """
-    trainer = make_trainer(small, "kd")
+def capture(small, monkeypatch):
+    """A trainer, and a log of what its capture does, on stand-ins for torch.cuda's functions."""
+    trainer, log = make_trainer(small, "kd"), []
     trainer.start_epoch(0)
     trainer.step(32)
     trainer.student.eval()  # as a test leaves it
-    before = copy.deepcopy(changed_by_steps(trainer))
-    seen = SimpleNamespace(trainer=trainer, sizes=[], replayed=[], modes=["default"], waits=[])
-    seen.pools, seen.on = [], None
+
+    def stream(name):
+        def wait_stream(other):
+            log.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
 
     @contextlib.contextmanager
     def use(stream):
-        seen.on = stream
+        log.append(f"on {stream.name}")
         yield
-        seen.on = None
+        log.append(f"off {stream.name}")
 
     @contextlib.contextmanager
-    def graph(recorded, pool, stream):
-        trainer.batches.position.zero_()
-        assert trainer.student.training and stream is side
-        seen.pools.append(pool)
+    def graph(graph, pool, stream):
+        number = 1 + sum(line.startswith("record") for line in log)
+        log.append(f"record {number} on {stream.name} in {pool}")
+        graph.replay = lambda: log.append(f"replay {number}")
+        assert trainer.student.training
+        trainer.batches.position.zero_()  # a recorded step does not run, this one does
         yield
-        seen.sizes.append(size := trainer.batches.position.item())
-        recorded.replay = lambda: seen.replayed.append(size)
 
-    side, current = (
-        SimpleNamespace(name=name, wait_stream=seen.waits.append) for name in ("side", "current")
-    )
+    def step(size, step=trainer.step):
+        log.append(f"step {size}")
+        step(size)
+
+    current = stream("current")
     for name, value in {
         "CUDAGraph": SimpleNamespace,
         "graph": graph,
-        "graph_pool_handle": object,
-        "Stream": lambda: side,
+        "graph_pool_handle": lambda: "the pool",
+        "Stream": lambda: stream("side"),
         "stream": use,
         "current_stream": lambda: current,
-        "set_sync_debug_mode": seen.modes.append,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-
-    def check():
-        assert seen.modes[-1] == "default"
-        assert [stream.name for stream in seen.waits] == ["current", "side"]  # in turn
-        assert_close(changed_by_steps(trainer), before, rtol=0, atol=0)  # warm-up left no trace
-        trainer.start_epoch(0)  # and training goes on, nothing of the warm-up in its sums
-        assert trainer.batches.position == trainer.loss_sum == trainer.correct == 0
-        trainer.step(32)
-        assert trainer.loss_sum > 0
-
-    seen.check = check
-    return seen
+    monkeypatch.setattr(trainer, "step", step)
+    return SimpleNamespace(trainer=trainer, log=log)
 
 
-def phase(seen):
-    """Where capture is: it has called set_sync_debug_mode before each of its phases."""
-    if seen.modes[-1] == "error":
-        return "last warm-up round"
-    return "recording" if "error" in seen.modes else "first warm-up rounds"
-
-
-def test_capture_records_each_size(seen):
-    step = seen.trainer.capture()
-    assert seen.sizes == [32, 14] and "error" in seen.modes  # the smaller reuses the memory
+def test_capture_warms_up_records_and_restores(capture):
+    trainer, log = capture.trainer, capture.log
+    before = copy.deepcopy(changed_by_steps(trainer))
+    step = trainer.capture()
+    assert log == [
+        "side waits for current",
+        "on side",
+        *3 * ["step 32", "step 14"],  # warm-up
+        "off side",
+        "current waits for side",
+        "record 1 on side in the pool",
+        "step 32",
+        "record 2 on side in the pool",  # the smaller one reuses the memory
+        "step 14",
+    ]
     for size in (32, 14, 32):
         step(size)
-    assert seen.replayed == [32, 14, 32]
-    assert seen.pools[0] is seen.pools[1] and type(seen.pools[0]) is object
-    seen.check()
+    assert log[-3:] == ["replay 1", "replay 2", "replay 1"]
+
+    assert_close(changed_by_steps(trainer), before, rtol=0, atol=0)  # the steps left no trace
+    trainer.start_epoch(0)  # and training goes on, nothing of them in its sums
+    assert trainer.batches.position == trainer.loss_sum == trainer.correct == 0
+    trainer.step(32)
+    assert trainer.loss_sum > 0
 
 
-def test_capture_of_a_loss_that_waits_is_the_eager_step(seen, monkeypatch, capsys):
-    torchs = {}  # print(tensor) waits in one of torch's own files, which is not the place to name
-    source = "def wait(message): raise RuntimeError(message)"
-    exec(compile(source, f"{torch.__path__[0]}/print.py", "exec"), torchs)
-
-    def edited(*tensors, loss=kd_lt.kd_loss, **h):
-        if phase(seen) == "last warm-up round":
-            torchs["wait"](message)
-        return loss(*tensors, **h)
-
-    monkeypatch.setattr(kd_lt, "kd_loss", edited)
-    message = "called a synchronizing CUDA operation"
-    assert seen.trainer.capture() == seen.trainer.step and not seen.sizes
-    (line,) = capsys.readouterr().out.splitlines()
-    place = f"{__file__}, line {edited.__code__.co_firstlineno + 2}"
-    assert line.startswith("slower") and re.search(rf"{re.escape(place)}\b", line)
-    seen.check()
-    message = "another error"
-    with pytest.raises(RuntimeError, match=message):
-        seen.trainer.capture()
-    assert seen.modes[-1] == "default"
-
-
-def test_capture_warms_up_three_times(seen):
-    steps, step = [], seen.trainer.step
-    seen.trainer.step = lambda size: steps.append((size, bool(seen.on))) or step(size)
-    seen.trainer.capture()
-    assert steps == 3 * [(32, True), (14, True)] + [(32, False), (14, False)]  # then recorded
-    assert seen.modes == ["default", "default", "default", "error", "default"]
-
-
-def test_a_failed_recording_names_the_way_out(seen, monkeypatch):
-    def failing(*own, loss=kd_lt.kd_loss, **h):
-        if phase(seen) == "recording":
+def test_a_failed_recording_names_its_reason_its_place_and_the_way_out(capture, monkeypatch):
+    def failing(*args, loss=kd_lt.kd_loss, **hyper):
+        if capture.log[-2].startswith("record"):  # before the last line, this step's
             try:
-                raise RuntimeError(reason)
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
             finally:  # torch's own end of the recording fails, too
                 raise RuntimeError("the capture was invalidated")
-        return loss(*own, **h)
+        return loss(*args, **hyper)
 
     monkeypatch.setattr(kd_lt, "kd_loss", failing)
-    reason = "operation not permitted when stream is capturing\nmore"
-    with pytest.raises(kd_lt.CaptureError, match=r"\(operation not permitted when.*--eager"):
-        seen.trainer.capture()
-    reason, seen.modes[:] = "CUDA out of memory", ["default"]
-    with pytest.raises(RuntimeError, match="invalidated") as caught:
-        seen.trainer.capture()
-    assert kd_lt.is_out_of_memory(caught.value)  # told by main
+    place = f"{__file__}, line {failing.__code__.co_firstlineno + 3}"
+    told = f"graph: operation not permitted when stream is capturing, in {place}. With --eager"
+    with pytest.raises(kd_lt.CaptureError, match=re.escape(told)):
+        capture.trainer.capture()
 
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_eager_records_nothing(small, tmp_path, monkeypatch, eager):
-    trainer = make_trainer(small, "ce", "--epochs", "1")
-    captured = []
-    monkeypatch.setattr(trainer, "capture", lambda: captured.append(1) or trainer.step)
-    trainer.device = SimpleNamespace(type="cuda")
-    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: dict.fromkeys(("top1", *kd_lt.GROUPS), 0))
-    monkeypatch.setattr(kd_lt, "mixed_precision", lambda *own: contextlib.nullcontext())
-    monkeypatch.setattr(kd_lt, "save", lambda *own: None)
-    images = SimpleNamespace(to=lambda device: images)  # there is no such device here
-    tests = SimpleNamespace(_replace=lambda **own: tests, test_images=images)
-    kd_lt.train(trainer, tests, tmp_path, kd_lt.Progress(0, 0.0, [], []), 1, eager)
+    trainer, captured = make_trainer(small, "ce"), []
+    trainer.device = SimpleNamespace(type="cuda")  # which this machine need not have
+    monkeypatch.setattr(trainer, "capture", lambda: captured.append(1))
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *args: {})
+    tests = small._replace(test_images=SimpleNamespace(to=lambda device: None))
+    progress = kd_lt.Progress(trainer.config.epochs, 0.0, [], [])  # no epoch is left to train
+    kd_lt.train(trainer, tests, tmp_path, progress, 1, eager)
     assert bool(captured) != eager
 
 
 # ---- on a GPU
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @cuda
@@ -1293,7 +1190,6 @@ def test_replays_equal_eager_steps_on_cuda(method, precision, small, monkeypatch
         trainer = make_trainer(small, method, device="cuda", precision=precision)
         before = copy.deepcopy(changed_by_steps(trainer))
         step = trainer.capture() if captured else trainer.step
-        assert (step == trainer.step) != captured
         assert_close(changed_by_steps(trainer), before, rtol=0, atol=0)  # warm-up left no trace
         for epoch in (0, 1):  # the second has another learning rate
             trainer.start_epoch(epoch)
@@ -1310,14 +1206,16 @@ def test_replays_equal_eager_steps_on_cuda(method, precision, small, monkeypatch
 
 
 @cuda
-def test_a_loss_with_item_trains_without_a_graph_on_cuda(small, monkeypatch, capsys):
-    def edited(z, *rest, loss=kd_lt.kd_loss, **h):
-        return loss(z, *rest, **h) + 0 * z.max().item()
+def test_a_loss_with_item_is_told_and_trains_without_a_graph_on_cuda(small, monkeypatch):
+    def edited(z, *rest, loss=kd_lt.kd_loss, **hyper):
+        return loss(z, *rest, **hyper) + 0 * z.max().item()
 
     monkeypatch.setattr(kd_lt, "kd_loss", edited)
     trainer = make_trainer(small, "kd", device="cuda")
+    with pytest.raises(kd_lt.CaptureError, match=rf"{re.escape(__file__)}, line.*--eager"):
+        trainer.capture()
+    trainer = make_trainer(small, "kd", device="cuda")
     trainer.start_epoch(0)
-    assert trainer.capture() == trainer.step and "slower" in capsys.readouterr().out
     trainer.step(32)
     assert math.isfinite(trainer.loss_sum.item()) and trainer.loss_sum.item() > 0
 
@@ -1428,17 +1326,17 @@ def test_batches_are_crops_of_padded_images(count, size, pad, sampler):
     class_counts = targets.bincount().tolist()
     batches = Batches(images, targets, 8, "cpu", sampler)
     assert batches.sizes == [8] * (count // 8) + [count % 8]
-    g, same = generator(1), generator(1)
+    ours, again = generator(1), generator(1)
     for _ in range(2):  # every epoch anew
-        batches.shuffle(g)
+        batches.shuffle(ours)
         parts = [batches.next(part) for part in batches.sizes]
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in parts)
         if sampler == "instance":
-            rows = torch.randperm(count, generator=same)
+            rows = torch.randperm(count, generator=again)
         else:
             weights = torch.tensor([1 / class_counts[c] for c in targets], dtype=torch.float64)
-            rows = torch.multinomial(weights, count, replacement=True, generator=same)
-        crops = torch.randint(2 * places * places, (count,), generator=same)
+            rows = torch.multinomial(weights, count, replacement=True, generator=again)
+        crops = torch.randint(2 * places * places, (count,), generator=again)
         mirrored, top, left = torch.unravel_index(crops, (2, places, places))
         draws = torch.stack([rows + count * mirrored, top, left, targets[rows]])
         assert torch.equal(batches.draws, draws)
@@ -1572,12 +1470,9 @@ def test_header_table(name, layers, ten, hundred, width):
 
 def test_resnet_32_has_the_published_69_million_multiplications():
     """So many only where padding and strides are right, which no number of weights shows."""
-    stages = 10 * 16**2 * 32**2 + (16 * 32 + 9 * 32**2) * 16**2 + (32 * 64 + 9 * 64**2) * 8**2
     with FlopCounterMode(display=False) as flops:
         ResNet("resnet32", 10)(torch.zeros(1, 3, 32, 32))
-    assert (
-        flops.get_total_flops() == 2 * (9 * (3 * 16 * 32**2 + stages) + 64 * 10) == 2 * 68_862_592
-    )
+    assert flops.get_total_flops() == 2 * 68_862_592
 
 
 @pytest.mark.parametrize("size", [16, 32, 40])
@@ -1758,10 +1653,9 @@ def test_npz_bad_content(tmp_path, changes, message):
 
 def test_npz_that_is_none(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
-    for name, reason in (("text.npz", "it is no .npz file"), ("absent.npz", "no such file")):
-        with pytest.raises(data.InputError, match=reason) as caught:
+    for name, reason in (("text.npz", "expected is a .npz file"), ("absent.npz", "no such file")):
+        with pytest.raises(data.InputError, match=f"{name}.*{reason}"):
             data.load_npz(tmp_path / name)
-        assert name in str(caught.value) and "pickle" not in str(caught.value)
 
 
 FOLDER = "cifar-10-batches-py"
@@ -1853,7 +1747,7 @@ def test_download_adds_what_is_missing_only(mini, tmp_path, serve, capsys):
 
 
 def test_a_download_makes_its_folders_and_no_half_file(mini, tmp_path, serve, monkeypatch):
-    def fail(*own):
+    def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     serve(packed(mini))
@@ -1896,9 +1790,9 @@ def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch
     put(mini, tmp_path)
     loads = pickle.loads
 
-    def warning(raw, **own):  # as NumPy 2.4.0 to 2.4.4 do
+    def warning(raw, **kwargs):  # as NumPy 2.4.0 to 2.4.4 do
         warnings.warn("dtype(): align should be passed as a bool", DeprecationWarning, 2)
-        return loads(raw, **own)
+        return loads(raw, **kwargs)
 
     monkeypatch.setattr(pickle, "loads", warning)
     with warnings.catch_warnings():
@@ -1909,8 +1803,8 @@ def test_the_test_images_are_those_of_the_test_batch(mini, tmp_path, monkeypatch
     assert (images.numpy().reshape(2, -1) == batch["data"]).all()
 
     seen = []
-    monkeypatch.setattr(data, "long_tail_indices", lambda y, *own: torch.arange(len(y)))
-    monkeypatch.setattr(data, "long_tail_counts", lambda *own: seen.append(own) or [1])
+    monkeypatch.setattr(data, "long_tail_indices", lambda y, *args: torch.arange(len(y)))
+    monkeypatch.setattr(data, "long_tail_counts", lambda *args: seen.append(args) or [1])
     whole = data.load_dataset("cifar10", tmp_path, 100)
     assert torch.equal(whole.test_images, images) and whole.test_targets.tolist() == [5, 9]
     assert len(whole.train_images) == 10 and seen == [(10, 5, 100, "exp")]
@@ -1970,8 +1864,7 @@ def main(argv):
         try:
             status = kd_lt.main([str(word) for word in argv])
         except SystemExit as end:
-            status = 1 if isinstance(end.code, str) else end.code  # as the interpreter has it
-            streams[1].write(end.code + "\n" if isinstance(end.code, str) else "")
+            status = end.code
     return status, *(stream.buffer.getvalue().decode() for stream in streams)
 
 
@@ -2360,7 +2253,7 @@ def test_images_are_tested_in_parts_and_no_graph_is_kept():
 
 def test_networks_are_tested_in_the_precision_of_their_run(tiny, tmp_path, monkeypatch):
     asked, evaluate = [], kd_lt.evaluate
-    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: asked.append(own[-1]) or evaluate(*own))
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *args: asked.append(args[-1]) or evaluate(*args))
     command = flags(tiny, tmp_path, "--method kd --precision bf16")
     folder, _ = finish(command)
     (folder / "result.json").unlink()  # as if stopped after its last epoch
@@ -2435,8 +2328,8 @@ def test_teachers_have_the_students_recipe(tiny, tmp_path):
 
 
 def test_eager_reaches_the_training_and_a_failed_capture_is_told(tiny, tmp_path, monkeypatch):
-    def train(*own):
-        asked.append(own[-1])
+    def train(*args):
+        asked.append(args[-1])
         raise kd_lt.CaptureError("cannot be recorded: try --eager")
 
     asked = []
@@ -2455,8 +2348,8 @@ def test_defaults_of_machine_and_folders():
 
 
 def test_every_flag_about_the_data_reaches_the_loader(monkeypatch):
-    def load(*own):
-        asked.append(own)
+    def load(*args):
+        asked.append(args)
         raise InputError("seen")
 
     asked = []
@@ -2468,13 +2361,13 @@ def test_every_flag_about_the_data_reaches_the_loader(monkeypatch):
     assert asked == [("cifar10", "there", 50.0, "step", 3)]
 
 
-def test_the_plan_shows_a_changed_number_with_its_default(finished, tiny, tmp_path):
+def test_the_plan_shows_every_number(finished, tiny, tmp_path):
     text = "--method kd --alpha 0.5 --seed 3 --epochs 1"
     argv = flags(tiny, tmp_path, text, "--teacher-checkpoint", finished[0])
     lines = finish(argv)[1].splitlines()
-    assert "method    kd: temperature 2, alpha 0.5 (default 1)" in lines
-    recipe = "epochs 1 (default 200) of 3 steps, batch size 4 (default 128), lr 0.1"
-    assert f"recipe    {recipe}, weight decay 0.0002" in lines
+    assert "method    kd: temperature 2, alpha 0.5" in lines
+    recipe = "epochs 1 of 3 steps, batch size 4, lr 0.1, weight decay 0.0002"
+    assert f"recipe    {recipe}" in lines
     assert any(re.fullmatch("teacher   resnet8 by ce, given: [0-9a-f]{16}", line) for line in lines)
 
 
@@ -2572,32 +2465,10 @@ def test_betas_near_1_are_not_rounded_into_one_row():
     assert names == ["bkd, beta 0.9999999", "bkd, beta 0.9999995"]
 
 
-def test_the_highest_seed_is_a_seed():
-    assert kd_lt.parse_flags(["--seed", str(2**32 - 1)]).seed == 2**32 - 1
-
-
-@pytest.mark.parametrize("device, epochs", [("cpu", 5), ("cuda", 1)])
-def test_epochs_between_tests(tiny, tmp_path, monkeypatch, device, epochs):
-    class Stop(Exception):
-        pass
-
-    def stop(config, data, args, device):
-        asked.append(args.eval_every)
-        raise Stop
-
-    asked, chosen = [], (SimpleNamespace(type=device), "fp32")
-    monkeypatch.setattr(kd_lt, "choose_device", lambda args: chosen)
-    monkeypatch.setattr(kd_lt, "machine", lambda device: "a machine")
-    monkeypatch.setattr(kd_lt, "run", stop)
-    for more in ([], ["--eval-every", 7]):
-        with pytest.raises(Stop):
-            main([*flags(tiny, tmp_path, "--method ce"), *more])
-    assert asked == [epochs, 7]
-
-
-def stored(folder, text, top1, **teachers):
-    """Write the result files of a run that was never trained."""
-    result = {"settings": asdict(config_of(text)), "version": "2.0.0", "devices": ["a GPU"]}
+def stored(folder, config, top1, **teachers):
+    """Write the result files of a run, of a Config or a command line, that was never trained."""
+    config = config_of(config) if isinstance(config, str) else config
+    result = {"settings": asdict(config), "version": "2.0.0", "devices": ["a GPU"]}
     result["teachers"] = [
         {"network": "resnet32", "method": m, "top1": t} for m, t in teachers.items()
     ]
@@ -2615,15 +2486,13 @@ def test_table_averages_seeds_and_never_settings(tmp_path):
     stored(tmp_path / "b", "--method ce --seed 1", 42.0)
     stored(tmp_path / "c", "--method ce --lr 0.2", 20.0)
     stored(tmp_path / "d", "--method kd", 40.0, ce=30.0)
-    stored(tmp_path / "e", "--method kd --seed 1", 41.0, ce=31.0, bsce=32.0)
+    stored(tmp_path / "e", "--method kd --seed 1", 41.0, ce=31.0)
     stored(tmp_path / "f", "--method ce --epochs 30", 30.0)
     (tmp_path / "unfinished").mkdir()
     copied = shutil.copytree(tmp_path / "a", tmp_path / "copies" / "a")  # is no second seed
     status, out, err = main(["--table", tmp_path, tmp_path / "a", copied])
     assert status == 0, err
-    short, long = re.split("^(?=[*][*])", out, flags=re.M)[1:]
-    if " 30 epochs" in long:
-        short, long = long, short
+    long, short = re.split("^(?=[*][*])", out, flags=re.M)[1:]
     assert " 30 epochs" in short and " 200 epochs" in long
     assert all("kd-lt 2.0.0 on a GPU" in p for p in (short, long))
     rows = [re.split(" *[|] *", row)[1:-1] for row in re.findall("^[|] [ck].*", short + long, re.M)]
@@ -2633,7 +2502,7 @@ def test_table_averages_seeds_and_never_settings(tmp_path):
         ["1", "20.00", "60.00", "-", "2.00"],
         ["2", "40.50 ± 0.71", "60.00 ± 0.00", "-", "2.00 ± 0.00"],
     ]
-    assert [row[1] for row in rows] == ["-", "-", "-", "ce / ce + bsce, 30.75 ± 1.06"]
+    assert [row[1] for row in rows] == ["-", "-", "-", "ce, 30.50 ± 0.71"]
     ce, changed, kd = (row[0] for row in rows[1:])
     assert (ce, changed, kd) == ("ce", "ce, lr 0.2", "kd")
     bars = [line.split() for line in short.splitlines() if line.startswith(("training", ce))]
@@ -2641,21 +2510,16 @@ def test_table_averages_seeds_and_never_settings(tmp_path):
     assert "Best tested epoch" in long and f"{ce} 41.50 ± 0.71; {changed} 41.00" in long
 
 
-def test_the_lines_from_head_to_tail_average_the_seeds(tmp_path):
+def test_the_lines_from_head_to_tail_average_seeds_and_classes(capsys):
+    results = []
     for seed in (0, 1):
-        stored(tmp_path / str(seed), f"--method ce --seed {seed}", 38.0)
-    file = tmp_path / "1" / "result.json"
-    file.write_text(file.read_text().replace("80.0", "90.0"))
-    assert re.search("^ce +85 +60 +-$", main(["--table", tmp_path])[1], re.M)
-
-
-def test_a_part_from_head_to_tail_is_the_mean_of_its_classes(capsys):
-    result = dict.fromkeys(("top1", *kd_lt.GROUPS), 50.0) | {"config": config_of("--method ce")}
-    result |= {"class_counts": [*range(1, 21)], "per_class": [4.0 * c for c in range(20)]}
-    kd_lt.print_rows({"ce": [result]})
+        result = dict.fromkeys(("top1", *kd_lt.GROUPS), 50.0) | {"config": config_of("--method ce")}
+        per_class = [4.0 * c + 2 * seed for c in range(20)]
+        results.append(result | {"class_counts": [*range(1, 21)], "per_class": per_class})
+    kd_lt.print_rows({"ce": results})
     out = capsys.readouterr().out
     assert re.search("^training images +39 .* 3$", out, re.M)  # in parts of two classes
-    assert re.search("^ce +74 .* 2$", out, re.M)
+    assert re.search("^ce +75 .* 3$", out, re.M)
 
 
 OTHER_SETTINGS = [  # another value of each field of Config, for kd with its defaults
@@ -2689,15 +2553,13 @@ def test_every_setting_has_another_value_above():
 @pytest.mark.parametrize("field, value", OTHER_SETTINGS, ids=str)
 def test_runs_that_differ_in_more_than_seeds_are_two_rows(tmp_path, field, value):
     one = config_of("--method kd")
-    for folder, config in {"a": one, "b": replace(one, **{field: value})}.items():
-        stored(tmp_path / folder, "--method kd", 40.0, ce=30.0)
-        result = json.loads((tmp_path / folder / "result.json").read_text())
-        content = json.dumps(result | {"settings": asdict(config)})
-        (tmp_path / folder / "result.json").write_text(content)
-    status, out, _ = main(["--table", tmp_path])
-    rows = re.findall(r"^[|] .*[|] 1 [|]", out, re.M)
-    assert status == 0 and len(rows) == 2
-    assert len(set(rows)) == 2 or out.count("**") == 4  # by another name, or below another heading
+    stored(tmp_path / "a", one, 40.0, ce=30.0)
+    stored(tmp_path / "b", replace(one, **{field: value}), 40.0, ce=30.0)
+    settings = kd_lt.finished_runs([tmp_path])
+    assert sum(len(rows) for rows in settings.values()) == 2
+    headings = {heading for heading, _ in settings}
+    names = {name for rows in settings.values() for name in rows}
+    assert len(headings) == 2 or len(names) == 2 or field == "data"  # which no heading shows
 
 
 @pytest.mark.parametrize(
@@ -2720,25 +2582,6 @@ def test_a_damaged_run_is_named_and_left_out_of_the_table(tmp_path, content):
     assert err.count(str(file)) == 1 and "Traceback" not in err
     status, _, err = main(["--table", tmp_path / "b"])
     assert status == 2 and err.count(str(file)) == 1
-
-
-def test_a_run_that_may_not_be_read_is_named_and_left_out(tmp_path, monkeypatch):
-    stored(tmp_path / "a", "--method ce", 38.0)
-    stored(tmp_path / "b", "--method ce --seed 1", 42.0)
-
-    def denied(function):
-        def deny(path, **own):
-            if path.parent.name == "b":  # its folder may not be looked into
-                raise PermissionError(13, "Permission denied", str(path))
-            return function(path, **own)
-
-        return deny
-
-    for name in ("stat", "read_text"):
-        monkeypatch.setattr(Path, name, denied(getattr(Path, name)))
-    status, out, err = main(["--table", tmp_path])
-    assert status == 0 and "| ce | - | 1 | 38.00 |" in out
-    assert f"left out: {tmp_path / 'b' / 'result.json'}: Permission denied\n" in err
 
 
 def test_headings_tell_how_the_data_was_thinned():
@@ -2809,21 +2652,6 @@ def test_plot_draws_or_says_what_is_missing(suffix, beside, tmp_path, monkeypatc
     assert drawn[0] == drawn[1] or suffix == ".pdf"  # which holds the time
 
 
-def test_a_picture_is_kept_where_the_new_one_cannot_be_written(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    stored(tmp_path / "runs" / "a", "--method ce", 38.0)
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(b"the former one")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    words = f"{picture}, or where the output goes: No space left"
-    assert refused(["--plot", picture, tmp_path / "runs"], words)[0] == 1
-    assert picture.read_bytes() == b"the former one" and len([*tmp_path.iterdir()]) == 2
-
-
 def test_plot_draws_a_line_a_row_with_its_own_colour_and_style(tmp_path):
     figure = pytest.importorskip("matplotlib.figure", reason="--plot needs matplotlib").Figure()
     for i, method in enumerate(("ce", "bsce", "kd", "dive")):
@@ -2887,7 +2715,7 @@ def test_same_numbers_again(twice):
 
 def test_the_result_is_the_last_test_not_the_best(tiny, tmp_path, monkeypatch):
     top1, evaluate = [90.0, 10.0], kd_lt.evaluate
-    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: evaluate(*own) | {"top1": top1.pop(0)})
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *args: evaluate(*args) | {"top1": top1.pop(0)})
     folder, _ = finish(flags(tiny, tmp_path, "--method ce --eval-every 1"))
     assert json.loads((folder / "result.json").read_text())["top1"] == 10
     assert not kd_lt.load_run(folder).training
@@ -2967,8 +2795,8 @@ def test_teachers_are_shared_and_finished_runs_not_repeated(tiny, twice, tmp_pat
 
 def test_half_of_the_teachers_see_distorted_colours_and_each_is_tested(tiny, tmp_path, monkeypatch):
     calls, distort, tested, evaluate = [], data.distort_colour, [], kd_lt.evaluate
-    monkeypatch.setattr(data, "distort_colour", lambda *own: calls.append(own) or distort(*own))
-    monkeypatch.setattr(kd_lt, "evaluate", lambda *own: tested.append(own[0]) or evaluate(*own))
+    monkeypatch.setattr(data, "distort_colour", lambda *args: calls.append(args) or distort(*args))
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *args: tested.append(args[0]) or evaluate(*args))
     for teachers, batches, networks in ((1, 0, 3), (2, 6, 7)):  # of the second, three an epoch
         finish(flags(tiny, tmp_path, f"--method cbd --num-teachers {teachers}"))
         assert len(calls) == batches and len(tested) == len(set(tested)) == networks
@@ -2979,7 +2807,9 @@ def test_half_of_the_teachers_see_distorted_colours_and_each_is_tested(tiny, tmp
 def test_teacher_and_global_generators_stay(finished, tiny, tmp_path, monkeypatch, method, given):
     teacher = shutil.copytree(finished[0], tmp_path / finished[0].name)
     before, loaded, load_run = (files(teacher), global_generators()), [], kd_lt.load_run
-    monkeypatch.setattr(kd_lt, "load_run", lambda *own: loaded.append(load_run(*own)) or loaded[-1])
+    monkeypatch.setattr(
+        kd_lt, "load_run", lambda *args: loaded.append(load_run(*args)) or loaded[-1]
+    )
     words = ["--teacher-checkpoint", teacher] if given else []
     finish(flags(tiny, tmp_path, f"--method {method}", *words))
     assert (files(teacher), global_generators()) == before and len(loaded) == 1
@@ -3004,7 +2834,7 @@ def child(argv, out, file_limit):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     train = kd_lt.train
-    kd_lt.train = lambda *own: print("TRAINING") or train(*own)
+    kd_lt.train = lambda *args: print("TRAINING") or train(*args)
     sys.exit(kd_lt.main(argv))
 
 
@@ -3096,7 +2926,7 @@ def failed(tiny, tmp_path_factory):
     """The folder of a run whose loss is not finite in its second epoch, and the message."""
     runs, usual = tmp_path_factory.mktemp("failed"), kd_lt.learning_rate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kd_lt, "learning_rate", lambda e, *own: usual(e, *own) * 1e30 ** (e > 0))
+        patch.setattr(kd_lt, "learning_rate", lambda e, *args: usual(e, *args) * 1e30 ** (e > 0))
         status, err = refused(flags(tiny, runs, "--method ce"), "epoch 2", "--lr")
     assert status == 1
     return next(runs.iterdir()), err
@@ -3143,19 +2973,28 @@ def test_a_class_without_test_images_is_told(tmp_path):
     assert "no test image of class 1: its accuracy" in out
 
 
-@pytest.mark.parametrize("log", ["", "{", '{"command": "x"}\n', "cut", "gone"])
-def test_a_damaged_log_ends_no_resume(failed, tiny, tmp_path, log):
+LOGS = {  # the content of a log, and the epochs that are read of it
+    "empty": (b"", []),
+    "half a line": (b"{", []),
+    "command alone": (b'{"command": ""}\n', []),
+    "gap": (b'{"command": ""}\n{"epoch": 2}\n', []),
+    "no text": (b'{"command": ""}\n{"epoch": 1}\n\xff\n{"epoch": 2}\n', [1]),
+    "half a row": (b'{"command": ""}\n{"epoch": 1}\n{"epoch": 2}\n{"epo', [1, 2]),
+}
+
+
+@pytest.mark.parametrize("content, epochs", LOGS.values(), ids=LOGS)
+def test_a_log_is_read_as_far_as_it_is_whole(tmp_path, content, epochs):
+    assert kd_lt.read_log(tmp_path) == []
+    (tmp_path / "log.jsonl").write_bytes(content)
+    assert [row["epoch"] for row in kd_lt.read_log(tmp_path)[1:]] == epochs
+
+
+def test_a_lost_log_ends_no_resume(failed, tiny, tmp_path):
     runs = shutil.copytree(failed[0].parent, tmp_path / "runs")  # stopped after epoch 1 of 2
-    file = runs / failed[0].name / "log.jsonl"
-    file.write_text(file.read_text()[:-20] if log == "cut" else log)
-    if log == "gone":
-        file.unlink()
-    status, _, err = main(flags(tiny, runs, "--method ce"))
-    assert status == 0 and f"{file} is damaged" in err and "Traceback" not in err
-    heading, rows = kd_lt.read_log(file.parent)
-    assert len(heading) == 1 and [row["epoch"] for row in rows] == [1, 2] and "loss" in rows[1]
-    whole, _ = finish(flags(tiny, tmp_path / "whole", "--method ce"))
-    weights = [as_bytes(dict(kd_lt.load_run(run).state_dict())) for run in (file.parent, whole)]
+    (runs / failed[0].name / "log.jsonl").unlink()
+    folders = [finish(flags(tiny, root, "--method ce"))[0] for root in (runs, tmp_path / "whole")]
+    weights = [as_bytes(dict(kd_lt.load_run(folder).state_dict())) for folder in folders]
     assert weights[0] == weights[1]
 
 
@@ -3163,11 +3002,11 @@ def test_weights_are_read_onto_the_cpu_and_a_refusal_is_no_damage(finished, monk
     """Those of a GPU would else be unreadable without it, and the advice is to train anew."""
     asked, load = [], torch.load
 
-    def watched(*own, map_location=None, **h):
+    def watched(*args, map_location=None, **hyper):
         asked.append(map_location)
-        return load(*own, map_location=map_location, **h)
+        return load(*args, map_location=map_location, **hyper)
 
-    def denied(*own, **h):
+    def denied(*args, **hyper):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", watched)
@@ -3176,11 +3015,6 @@ def test_weights_are_read_onto_the_cpu_and_a_refusal_is_no_damage(finished, monk
     monkeypatch.setattr(torch, "load", denied)
     with pytest.raises(InputError, match="last.pt: Permission denied$"):
         kd_lt.load_run(finished[0])
-
-
-def test_the_log_is_read_up_to_a_byte_that_is_no_text(tmp_path):
-    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1}\n\xff\n{"epoch": 2}\n')
-    assert kd_lt.read_log(tmp_path) == ([], [{"epoch": 1}])
 
 
 @pytest.mark.parametrize("changed", ["conv1.weight", "bn1.running_mean"])
@@ -3195,25 +3029,10 @@ def test_a_teacher_that_changed_is_an_error(finished, tiny, tmp_path, changed):
     assert status == 2
 
 
-def test_a_finished_teacher_with_weights_of_an_earlier_epoch_teaches_nobody(
-    finished, tiny, tmp_path
-):
-    """As in a folder that was copied before the teacher was finished, and completed after."""
-    teacher = shutil.copytree(finished[0], tmp_path / "runs" / finished[0].name)
-    content = torch.load(teacher / "last.pt", weights_only=True)
-    torch.save(content | {"epoch": 1}, teacher / "last.pt")
-    words = "result.json is of epoch 2, but last.pt of epoch 1"
-    assert refused(flags(tiny, teacher.parent, "--method kd"), teacher, words)[0] == 2
-    (teacher / "result.json").unlink()
-    _, out = finish(flags(tiny, teacher.parent, "--method kd"))
-    assert "resumed   after epoch 1 of 2" in out
-
-
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_checkpoint_of_another_run_is_refused(finished, tiny, tmp_path, role):
+def test_a_checkpoint_of_another_run_is_refused(finished, tiny, tmp_path):
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
-    (runs / finished[1].name / "result.json").unlink()
-    folder = runs / finished[role == "student"].name
+    folder = runs / finished[1].name
+    (folder / "result.json").unlink()
     content = torch.load(folder / "last.pt", weights_only=True)
     content["settings"]["lr"] = 0.05
     torch.save(content, folder / "last.pt")
@@ -3227,10 +3046,10 @@ def test_a_log_that_cannot_be_read_is_kept(failed, tiny, tmp_path, monkeypatch):
     runs = shutil.copytree(failed[0].parent, tmp_path / "runs")
     before, read_text = files(runs), Path.read_text
 
-    def denied(path, **own):
+    def denied(path, **kwargs):
         if path.name == "log.jsonl":
             raise PermissionError(13, "Permission denied", str(path))
-        return read_text(path, **own)
+        return read_text(path, **kwargs)
 
     monkeypatch.setattr(Path, "read_text", denied)
     words = f"{runs / failed[0].name / 'log.jsonl'}: Permission denied"
@@ -3250,7 +3069,7 @@ def test_a_log_without_its_checkpoint_is_not_overwritten(finished, tiny, tmp_pat
 
 
 def test_a_file_system_that_cannot_lock_is_told(tiny, tmp_path, monkeypatch):
-    def failing(*own):
+    def failing(*args):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", failing)
@@ -3258,16 +3077,13 @@ def test_a_file_system_that_cannot_lock_is_told(tiny, tmp_path, monkeypatch):
     assert status == 2 and "--runs-dir" in err
 
 
-def test_an_output_that_is_full_is_not_blamed_on_the_runs_alone():
-    # Buffered, as it is for most users: Python flushes what is left once more at its end.
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+def test_an_output_that_is_full_is_not_blamed_on_the_runs_alone(finished):
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
-            [sys.executable, HERE / "kd_lt.py", "--table", HERE / ".results"],
+            [sys.executable, "-u", HERE / "kd_lt.py", "--table", finished[0].parent],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            env=env,
         )
     assert ended.returncode == 1 and "or where the output goes: No space left" in ended.stderr
     assert ended.stderr.count("\n") == 1
@@ -3279,7 +3095,7 @@ def test_a_resumed_run_keeps_its_earlier_devices(failed, tiny, tmp_path):
     content = torch.load(file, weights_only=True)
     torch.save(content | {"devices": ["another"], "versions": ["2.9"]}, file)
     (file.parent / "config.json").write_text("{")  # resuming does not need it
-    begun_by, _ = kd_lt.read_log(file.parent)
+    begun_by = kd_lt.read_log(file.parent)[0]
     finish(flags(tiny, runs, "--method ce --eval-every 1"))
     assert kd_lt.read_log(file.parent)[0] == begun_by  # not this command
     result = json.loads((file.parent / "result.json").read_text())
@@ -3298,56 +3114,19 @@ def test_the_line_that_fails_is_found_inside_a_module():
     assert kd_lt.last_line_outside_torch(caught.value) == f"{__file__}, line {line}"
 
 
-def test_weights_that_are_not_finite_are_no_result(tiny, tmp_path, monkeypatch):
-    step = kd_lt.Trainer.step
-
-    def last_one_explodes(trainer, size):
-        step(trainer, size)
-        if size == 1:  # the epoch's last
-            with torch.no_grad():
-                trainer.student.head.weight.fill_(math.inf)
-
-    monkeypatch.setattr(kd_lt.Trainer, "step", last_one_explodes)
-    status, err = refused(flags(tiny, tmp_path, "--method ce"), "not finite", "--lr")
-    assert status == 1 and not [*tmp_path.glob("*/result.json")]
-
-
-def test_reading_needs_no_right_to_write(finished, tiny, tmp_path, monkeypatch):
-    def refusing(folder, wait):
-        raise PermissionError(errno.EACCES, "read-only", str(folder))
-
-    monkeypatch.setattr(kd_lt, "lock", refusing)
-    folder, out = finish(flags(tiny, finished[0].parent, "--method kd"))
-    assert folder == finished[1] and "finished before" in out
-    assert main(["--table", finished[0].parent])[0] == 0
-
-
-def test_partial_files_are_new_and_old_ones_go(failed, tiny, tmp_path, monkeypatch):
+def test_partial_files_of_a_killed_process_go(failed, tiny, tmp_path):
     runs = shutil.copytree(failed[0].parent, tmp_path / "runs")
-    stale, mine = runs / failed[0].name / "last.pt.1234.partial", tmp_path / "mine"
+    stale = runs / failed[0].name / "last.pt.1234.partial"
     stale.write_bytes(b"half")
-    mine.write_bytes(b"precious")
-    monkeypatch.setattr(os, "urandom", lambda n: bytes(n))  # somebody guessed the name
-    link = tmp_path / f"new.{bytes(8).hex()}.partial"
-    link.symlink_to(mine)
-    with pytest.raises(FileExistsError):
-        data.write_whole(tmp_path / "new", b"content")
-    assert mine.read_bytes() == b"precious"
-    monkeypatch.undo()
     finish(flags(tiny, runs, "--method ce"))
     assert not stale.exists()
 
 
-def test_a_teacher_of_the_same_seed_and_another_network_may_teach(finished, tiny, tmp_path):
-    text = "--method kd --seed 1000 --student resnet14 --epochs 1"
-    folder, _ = finish(flags(tiny, tmp_path, text, "--teacher-checkpoint", finished[0]))
-    assert "-kd-resnet14-from-resnet8-ce-given-" in folder.name
-
-
-def test_the_same_images_under_another_name_may_teach(finished, tiny, tmp_path):
-    renamed = shutil.copy(tiny, tmp_path / "renamed.npz")
-    words = "--teacher-checkpoint", finished[0]
-    finish(flags(renamed, tmp_path / "runs", "--method kd --seed 3", *words))
+def test_what_else_may_teach(finished):
+    """A teacher of the student's seed and another network, and one on the same images renamed."""
+    config = kd_lt.read(finished[1] / "result.json", ())["config"]
+    for changes in ({"seed": 1000, "network": "resnet14"}, {"dataset": "renamed.npz"}):
+        assert kd_lt.given_teacher(finished[0], replace(config, **changes))["network"] == "resnet8"
 
 
 def test_a_given_teacher_is_known_by_its_bytes(finished, tmp_path):
@@ -3362,25 +3141,13 @@ def test_a_given_teacher_is_known_by_its_bytes(finished, tmp_path):
     assert first == second != kd_lt.given_teacher(copied, config)["checkpoint"]
 
 
-def test_a_closed_output_ends_quietly():
-    program = [sys.executable, HERE / "kd_lt.py", "--table", HERE / ".results"]
+def test_a_closed_output_ends_quietly(finished):
+    program = [sys.executable, HERE / "kd_lt.py", "--table", finished[0].parent]
     reader, writer = os.pipe()
     os.close(reader)  # what `| head` does once it has its lines
     ended = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, b"")
-
-    without_output = shlex.join(map(str, program)) + " >&-"
-    env = os.environ | {"LC_ALL": "C"}  # bash warns of a language that is not installed
-    ended = subprocess.run(["bash", "-c", without_output], env=env, capture_output=True)
-    assert (ended.returncode, ended.stderr) == (0, b"")
-
-
-def test_an_output_without_a_plus_minus_sign_still_gets_a_table():
-    program = [sys.executable, HERE / "kd_lt.py", "--table", HERE / ".results"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    ended = subprocess.run(program, env=environment, capture_output=True)
-    assert ended.returncode == 0 and b" ? " in ended.stdout
 
 
 def test_the_recorded_command_is_what_a_shell_takes_back(tiny, tmp_path):
@@ -3392,7 +3159,7 @@ def test_the_recorded_command_is_what_a_shell_takes_back(tiny, tmp_path):
 
 
 def test_a_run_works_where_files_cannot_be_locked(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(kd_lt, "fcntl", None)  # as on Windows
     finish(flags(tiny, tmp_path, "--method ce --epochs 1"))
 
 
@@ -3401,73 +3168,30 @@ def test_without_torchs_private_functions_a_cpu_has_no_bf16(monkeypatch):
     assert not kd_lt.cpu_has_bf16()
 
 
-def test_own_images_are_not_thinned_unless_asked(tmp_path):
-    balanced = make_npz(tmp_path / "a.npz", [8, 8, 8])
-    folder, _ = finish(
-        [
-            "--smoke",
-            "--device",
-            "cpu",
-            "--epochs",
-            "1",
-            "--method",
-            "ce",
-            *("--dataset", balanced, "--runs-dir", tmp_path / "runs"),
-        ]
-    )
-    assert json.loads((folder / "result.json").read_text())["class_counts"] == [8, 8, 8]
-
-
-def test_files_that_are_no_run_are_said_to_be_none(tmp_path, tiny):
-    file = tmp_path / "x.pth"
-    for content in (
-        {"opt": SimpleNamespace(lr=1), "model": {}},
-        nn.Linear(1, 1),
-        {"state_dict": {"module.conv1.weight": torch.zeros(1)}},
-    ):
-        torch.save(content, file)
-        argv = flags(tiny, tmp_path / "runs", "--method kd", "--teacher-checkpoint", file)
-        status, err = refused(argv, "no run of kd_lt.py")
-        assert status == 2 and err.count("\n") == 1
-        assert "Weights only" not in err and "move" not in err.replace(str(file), "")
-
-
 # ---- wrong input
 
 BAD = [  # a wrong command line, and what the message must name
     # out of range, or unknown
     ("--imb 0.5", "--imb"),
-    ("--imb nan", "--imb"),
-    ("--imb inf", "--imb"),
-    ("--imb many", "--imb"),
     ("--imb 201", "--imb"),
     ("--epochs 0", "--epochs"),
     ("--epochs 1.5", "--epochs"),
     ("--batch-size 0", "--batch-size"),
-    ("--batch-size 2.5", "--batch-size"),
     ("--lr 0", "--lr"),
     ("--lr nan", "--lr"),
+    ("--lr inf", "--lr"),
     ("--weight-decay -1", "--weight-decay"),
-    ("--weight-decay inf", "--weight-decay"),
     ("--temperature 0", "--temperature"),
-    ("--temperature nan", "--temperature"),
-    ("--temperature inf", "--temperature"),
     ("--alpha -1", "--alpha"),
-    ("--alpha inf", "--alpha"),
     ("--alpha x", "--alpha"),
     ("--beta -1", "--beta"),
-    ("--beta nan", "--beta"),
     ("--bkd-start -0.1", "--bkd-start"),
     ("--bkd-start 1.1", "--bkd-start"),
-    ("--bkd-start nan", "--bkd-start"),
     ("--seed -1", "--seed"),
     ("--seed 1.5", "--seed"),
     ("--seed 99999999999", "--seed"),
-    ("--subset-seed -1", "--subset-seed"),
-    ("--subset-seed 0.5", "--subset-seed"),
     ("--subset-seed 4294967296", "--subset-seed"),
     ("--eval-every 0", "--eval-every"),
-    ("--eval-every 1.5", "--eval-every"),
     ("--method no-such-method", "--method"),
     ("--imb-type linear", "--imb-type"),
     ("--student resnet18", "--student"),
@@ -3475,9 +3199,7 @@ BAD = [  # a wrong command line, and what the message must name
     ("--teacher-method kd", "--teacher-method"),
     ("--device tpu", "--device"),
     ("--precision fp64", "--precision"),
-    ("--nonsense 1", "--nonsense"),
     ("--epoch 1", "--epoch"),
-    ("--temp 2", "--temp"),
     # ignored by the method, or out of its own range
     ("--method ce --alpha 1", "--alpha"),
     ("--method ce --bkd-start 0", "--bkd-start"),
@@ -3501,7 +3223,6 @@ BAD = [  # a wrong command line, and what the message must name
     ("--method dive --bkd-start 0.5", "--bkd-start"),
     ("--method dive --alpha 1.5", "--alpha"),
     ("--method dive --power -1", "--power"),
-    ("--method dive --power inf", "--power"),
     ("--method cbd --temperature 2", "--temperature"),
     ("--method cbd --num-teachers 0", "--num-teachers"),
     ("--method cbd --alpha 1.5", "--alpha"),
@@ -3514,7 +3235,7 @@ BAD = [  # a wrong command line, and what the message must name
     ("--plot x.txt", "x.txt"),
     ("--table --seed 1", "--seed"),
     ("--table --method=bkd", "--method"),  # the default, but it looks like a filter
-    ("--method kd --teacher-checkpoint absent", "--teacher-checkpoint"),
+    ("--method kd --teacher-checkpoint absent", "absent: no such file"),
     ("--plot x.png --seed 1", "--seed"),
     ("unexpected", "unexpected"),
 ]
@@ -3531,7 +3252,7 @@ def test_foreign_teacher(finished, failed, tiny, tmp_path):
     runs, new = tmp_path / "runs", tmp_path / "new"
     images = make_npz(tmp_path / "tiny.npz", [3, 5, 1])
     for teacher, text, reason in [
-        (finish(flags(tiny, runs, "--method ce --imb 5"))[0], "", "its imb is 5.0, not 1.0"),
+        (finish(flags(tiny, runs, "--method ce --imb 5"))[0], "", "imb 5 .*, not tiny.npz, not"),
         (finish(flags(images, runs, "--method ce"))[0], "", "trained on other images"),
         (finished[0], "--method cbd", "its classifier is linear, not cosine"),
         (failed[0], "", "after epoch 1 of 2"),
@@ -3543,7 +3264,7 @@ def test_foreign_teacher(finished, failed, tiny, tmp_path):
         assert not new.exists()
 
 
-def test_damaged_teacher(finished, tiny, tmp_path):
+def test_a_given_teacher_that_is_no_run(finished, tiny, tmp_path):
     whole, file = (finished[0] / "last.pt").read_bytes(), tmp_path / "t.pt"
     content = torch.load(finished[0] / "last.pt", weights_only=True)
     for wrong in (
@@ -3552,13 +3273,15 @@ def test_damaged_teacher(finished, tiny, tmp_path):
         pickle.dumps(Bomb(), 2),
         content | {"more": Bomb()},
         content["student"],  # as another program saves it
+        nn.Linear(1, 1),
     ):
         if isinstance(wrong, bytes):
             file.write_bytes(wrong)
         else:
             torch.save(wrong, file)
-        words = "--teacher-checkpoint", file
-        refused(flags(tiny, tmp_path / "runs", "--method kd", *words), file)
+        argv = flags(tiny, tmp_path / "runs", "--method kd", "--teacher-checkpoint", file)
+        status, err = refused(argv, file, "of another program")
+        assert status == 2 and err.count("\n") == 1 and "Weights only" not in err
         assert [*tmp_path.iterdir()] == [file]  # no runs
 
 
@@ -3567,9 +3290,7 @@ def test_damaged_teacher(finished, tiny, tmp_path):
     [
         ("student", "last.pt", b"bad"),
         ("student", "last.pt", "cut"),
-        ("student", "last.pt", "without a weight"),
         ("teacher", "last.pt", "cut"),
-        ("teacher", "last.pt", "without a weight"),
         ("student", "result.json", "cut"),
     ],
 )
@@ -3577,16 +3298,11 @@ def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
     teacher, student = finished
     runs = shutil.copytree(teacher.parent, tmp_path / "runs")
     file = runs / {"teacher": teacher, "student": student}[role].name / name
-    if content == "without a weight":
-        whole = torch.load(file, weights_only=True)
-        del whole["student"]["conv1.weight"]
-        torch.save(whole, file)
-    else:
-        file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
+    file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
     if name == "last.pt":  # else the result alone is read
         (runs / student.name / "result.json").unlink()
     before, argv = files(runs), flags(tiny, runs, "--method kd")
-    refused(argv, file, "move its whole run folder away")
+    refused(argv, file, "move its whole folder away")
     assert files(runs) == before
     file.parent.rename(tmp_path / "away")
     assert outcome(finish(argv)[0].parent) == outcome(finished[0].parent)
@@ -3595,29 +3311,11 @@ def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
 # ---- devices
 
 
-@pytest.mark.parametrize(
-    "device, driver, status", [("cuda", False, 2), ("auto", True, 0), ("auto", False, 0)]
-)
-def test_cuda_that_torch_cannot_use(tiny, tmp_path, monkeypatch, device, driver, status):
-    def init():
-        raise AssertionError("Torch not compiled with CUDA enabled\nmore")
-
-    exists = Path.exists
+def test_a_gpu_that_is_asked_for_and_not_there(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.setattr(
-        Path,
-        "exists",
-        lambda path, **own: (
-            driver
-            if str(path) in ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/dxg")
-            else exists(path, **own)
-        ),
-    )
-    ended, _, err = main(flags(tiny, tmp_path, f"--method ce --device {device}"))
-    assert ended == status and ("--device cuda: Torch" in err) == (status == 2)
-    lines = 1 if status or driver else 0
-    assert err.count("\n") == err.count("Torch not compiled with CUDA enabled") == lines
+    argv = flags(tiny, tmp_path / "runs", "--method ce --device cuda")
+    assert refused(argv, "--device cuda: torch", "sees no GPU")[0] == 2
+    finish([*argv, "--device", "auto"])
 
 
 @pytest.mark.parametrize("amx", [True, False])
@@ -3639,47 +3337,28 @@ def test_bf16_needs_a_card_that_has_it(monkeypatch):
         ((7, 5), "fp32", "fp32"),
         ((9, 0), "bf16", "bf16"),
     ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *own, card=card: card)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args, card=card: card)
         torch.backends.cuda.matmul.allow_tf32 = True  # as some containers have it
+        torch.backends.cudnn.allow_tf32 = True  # as torch has it
         args = kd_lt.parse_flags(["--precision", asked])
         assert kd_lt.choose_device(args) == (torch.device("cuda"), found)
-        assert torch.backends.cudnn.allow_tf32 == (found == "bf16")  # fp32 means fp32
-        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cudnn.benchmark
     args = kd_lt.parse_flags(["--device", "cpu", "--precision", "fp32"])
     assert kd_lt.choose_device(args) == (torch.device("cpu"), "fp32")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *own: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *own: "T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "T4")
     refused(["--smoke", "--precision", "bf16"], "--precision bf16")
 
 
-@pytest.mark.parametrize(
-    "error, known",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), True),
-        (MemoryError(), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-    ],
-)
-def test_out_of_memory_is_told_and_no_other_error_hidden(tiny, tmp_path, monkeypatch, error, known):
-    def failing(*own):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_is_told(tiny, tmp_path, monkeypatch, error):
+    def failing(*args):
         raise error
 
     monkeypatch.setattr(kd_lt, "train", failing)
-    with contextlib.nullcontext() if known else pytest.raises(RuntimeError, match="mat1"):
-        message = "out of memory", "--batch-size 4", "smaller images"
-        assert refused(flags(tiny, tmp_path, "--method ce"), *message)[0] == 1
-
-
-def test_a_shortage_while_images_are_read_is_told(tiny, tmp_path, monkeypatch):
-    def failing(*own, **named):
-        raise MemoryError
-
-    monkeypatch.setattr(np, "load", failing)
-    assert refused(flags(tiny, tmp_path, "--method ce"), "out of memory", "smaller images")[0] == 1
+    message = "out of memory", "--batch-size 4", "smaller images"
+    assert refused(flags(tiny, tmp_path, "--method ce"), *message)[0] == 1
 
 
 def test_an_unknown_sampler_is_refused():
