@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the kd-lt authors
-"""Tests: losses against plain oracles, the step against a plain step, data, the program, faults.
+"""Tests. The file is read from top to bottom; each section begins with "# ----":
+
+    losses       a worked example, an example of all arguments, oracles in plain Python
+    steps        against a plain step; what a CUDA graph needs; on a GPU
+    data         the published subsets, batches, networks, files
+    program      how a command is run here, the README, run_all.sh, evaluation
+    settings     flags, run names, table and plot
+    runs         the same numbers again; kills and locks; resume and damage; given teachers
+    edges        the script's output, wrong input, devices
+    speed        on request
 
 They need no network. A test that is about the CPU says --device cpu, so that a GPU in the machine
 changes nothing. Real CIFAR is used where it lies in ./data or in the folder KD_LT_DATA names.
@@ -906,75 +915,6 @@ def test_weights_that_are_not_finite_are_a_failed_run(small, part):
         kd_lt.check_finite(trainer, {"epoch": 1, "loss": 1.0}, Path("run"))
 
 
-def seconds_a_step(epoch, steps, device):
-    """The median over five calls of epoch(), after one that is not counted."""
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        epoch()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) / steps)
-    return statistics.median(times[1:])
-
-
-def test_speed(request):
-    if "speed" not in request.config.getoption("-k"):
-        pytest.skip("on request: -s -k speed")
-    torch.set_num_threads(THREADS)
-    device, precision = kd_lt.choose_device(kd_lt.parse_flags([]))
-    on_gpu = device.type == "cuda"
-    steps = 100 if on_gpu else 5  # in a measurement
-    n = 8192 if on_gpu else 2048  # rows and columns of the large matrices
-    dataset = made_up(128 * steps // 10, 1)
-    words = ["--student", "resnet32", "--teacher", "resnet32", "--batch-size", "128"]
-    trainer = make_trainer(dataset, "bkd", *words, device=device, precision=precision)
-    trainer.start_epoch(0)
-    step = trainer.capture() if on_gpu else trainer.step
-    with FlopCounterMode(display=False) as flops:
-        trainer.step(128)
-
-    def our_epoch():
-        trainer.start_epoch(0)
-        for size in trainer.batches.sizes:
-            step(size)
-
-    ours = seconds_a_step(our_epoch, steps, device)
-    memory = f"{torch.cuda.max_memory_reserved() / 2**20:.0f} MiB reserved" if on_gpu else "-"
-    torch.backends.cudnn.allow_tf32 = True  # as torch has it
-    plain = Plain(trainer, dataset)
-    optimizer = torch.optim.SGD(plain.parameters, 0.1, momentum=0.9, weight_decay=2e-4)
-    loader = DataLoader(
-        PlainImages(dataset, trainer.batches),
-        128,
-        shuffle=True,
-        num_workers=4 if on_gpu else 0,
-        persistent_workers=on_gpu,
-    )
-
-    def plain_epoch():
-        for images, y in loader:
-            loss = plain.loss(images.to(device), y.to(device), plain.counts)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-
-    theirs = seconds_a_step(plain_epoch, steps, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    peak = 2e-12 * n**3 / seconds_a_step(lambda: [a @ b for _ in range(5)], 5, device)
-    speed = 1e-12 * flops.get_total_flops() / ours
-    print(
-        f"\nbkd, resnet32 from resnet32, batch 128; {device}, {precision}, "
-        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-    )
-    for name, seconds in (("this program", ours), ("plain path", theirs)):
-        print(f"{name:<13}{1000 * seconds:9.2f} ms/step {128 / seconds:8.0f} images/s")
-    print(f"ratio        {theirs / ours:9.2f} medians of 5 x {steps} steps; GPU memory {memory}")
-    print(f"arithmetic   {speed:9.3f} TFLOP/s, {speed / peak:.0%} of a large matrix product's")
-
-
 def test_three_methods_leave_the_class_prior_in_their_logits():
     """What rectify_logits has to subtract; the plain step shows that it is used."""
     assert {name for name, m in kd_lt.METHODS.items() if m.learns_prior} == {"ce", "kd", "bkd"}
@@ -1161,6 +1101,17 @@ def test_a_failed_recording_names_its_reason_its_place_and_the_way_out(capture, 
     told = f"graph: operation not permitted when stream is capturing, in {place}. With --eager"
     with pytest.raises(kd_lt.CaptureError, match=re.escape(told)):
         capture.trainer.capture()
+
+
+def test_the_line_that_fails_is_found_inside_a_module():
+    class Fails(torch.nn.Module):
+        def forward(self, x):
+            return x @ x
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.nn.Sequential(Fails())(torch.ones(2, 3))
+    line = Fails.forward.__code__.co_firstlineno + 1
+    assert kd_lt.last_line_outside_torch(caught.value) == f"{__file__}, line {line}"
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -1364,6 +1315,12 @@ def test_colours_are_drawn_last_and_no_global_generator_is_used():
 def test_batches_refuse_images_that_are_not_square_or_not_as_many_as_targets(images, targets):
     with pytest.raises(ValueError, match=re.escape(str(images))):
         Batches(torch.zeros(images, dtype=torch.uint8), torch.zeros(targets), 8, "cpu", "instance")
+
+
+def test_an_unknown_sampler_is_refused():
+    images = random_images(3, size=(16, 16))
+    with pytest.raises(ValueError, match="sampler"):
+        Batches(images, torch.arange(3), 2, "cpu", "Class")
 
 
 def test_images_can_have_gradients_after_a_first_use_without_any():
@@ -1854,6 +1811,7 @@ def test_download_fails(mini, tmp_path, serve, archive, message):
 HERE = Path(kd_lt.__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
+
 # ---- running the program
 
 
@@ -1975,6 +1933,8 @@ def test_every_readme_command_runs_with_smoke_added(command, readme_folder, monk
 
 def test_readme_test_commands():
     (command,) = re.findall(r"^python3 -m venv.*pytest -q test_kd_lt.py", SHELL, re.M)
+    if not (HERE / ".ci").is_dir():
+        pytest.skip("no .ci here")
     assert (HERE / ".ci" / "run").read_text().endswith(" ".join(command.split()) + "\n")
 
 
@@ -1999,9 +1959,18 @@ def test_readme_snippets_run_as_they_stand(snippet, finished, tmp_path, monkeypa
 
 
 @pytest.fixture(scope="module")
-def printed_results():
+def results():
+    """The result files behind the README's numbers. A copy of the seven files comes without."""
+    folder = HERE / ".results"
+    if not folder.is_dir():
+        pytest.skip("no .results here")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def printed_results(results):
     """What --table prints of .results, and its rows: {row name: {column: cell}}."""
-    status, out, err = main(["--table", HERE / ".results"])
+    status, out, err = main(["--table", results])
     assert status == 0 and not err
     assert "**cifar100, imb 100, resnet32, 200 epochs, bf16**" in out
     heading, _, *rows = (line[2:-2].split(" | ") for line in re.findall("^[|].*", out, re.M))
@@ -2013,6 +1982,13 @@ def test_readme_table_is_that_of_the_results(printed_results):
     printed = re.findall(r"^[|] .*", printed_results[0], re.M)
     section = README.split("## Results")[1].split("<details>")[0]
     assert re.findall(r"^[|] .*", section, re.M) == printed and len(printed) > 4
+
+
+def test_readme_picture_is_that_of_the_results(printed_results):
+    """By its legend, which stands in matplotlib's comments."""
+    picture = (HERE / ".github" / "head_to_tail.svg").read_text()
+    drawn = re.findall(r"<!-- (.*), n = (\d+) -->", picture)
+    assert drawn == [(name, row["n"]) for name, row in printed_results[1].items()]
 
 
 def test_readme_numbers_beside_the_published_ones_are_those_of_the_results(printed_results):
@@ -2048,18 +2024,18 @@ def test_readme_verdicts_follow_from_the_results(printed_results):
         assert verdict == (decided if abs(a - b) > margin else "undecided"), (name, key)
 
 
-def test_readme_float32_number_is_that_of_the_results():
-    (path,) = (HERE / ".results" / "fp32").glob("*/result.json")
-    half = HERE / ".results" / "cifar100-imb100-ce-resnet32-e200-s1000-40ae7c4b" / "result.json"
+def test_readme_float32_number_is_that_of_the_results(results):
+    (path,) = (results / "fp32").glob("*/result.json")
+    half = results / "cifar100-imb100-ce-resnet32-e200-s1000-40ae7c4b" / "result.json"
     assert json.loads((path.parent / "config.json").read_text())["settings"]["seed"] == 1000
     single, other = (json.loads(file.read_text())["top1"] for file in (path, half))
     assert f"ce with seed 1000: {single:.2f} in float32 with" in README
     assert f", {other:.2f} in bf16 with one, which decides nothing" in README
 
 
-def test_readme_numbers_of_the_smaller_network_are_those_of_the_results():
+def test_readme_numbers_of_the_smaller_network_are_those_of_the_results(results):
     tops = {}
-    for path in (HERE / ".results" / "laptop").glob("*/result.json"):
+    for path in (results / "laptop").glob("*/result.json"):
         result = json.loads(path.read_text())
         config = kd_lt.Config(**result["settings"])
         assert (config.network, config.epochs) == ("resnet20", 30)
@@ -2069,9 +2045,9 @@ def test_readme_numbers_of_the_smaller_network_are_those_of_the_results():
     assert f"; {half[0]} and {half[1]} in bf16, " in README
 
 
-def test_readme_numbers_without_krdistills_features_are_those_of_the_results():
+def test_readme_numbers_without_krdistills_features_are_those_of_the_results(results):
     tops = {}
-    for path in (HERE / ".results").glob("*-krdistill-*/result.json"):
+    for path in results.glob("*-krdistill-*/result.json"):
         result = json.loads(path.read_text())
         settings = result["settings"]
         tops[settings["hyper"]["gamma"], settings["seed"]] = f"{result['top1']:.2f}"
@@ -2101,6 +2077,9 @@ def test_readme_names_the_default_hyperparameters():
         f"$\\gamma = {defaults['krdistill']['gamma']:g}$; "
         f"$\\mathrm{{power}} = {defaults['dive']['power']:g}$."
     )
+
+
+# ---- run_all.sh
 
 
 def test_run_all_divides_the_work_and_prints_the_table(tiny, tmp_path):
@@ -2243,6 +2222,9 @@ def test_one_epoch_on_real_cifar_100(tmp_path):
     assert json.loads((folder / "result.json").read_text())["top1"] > 2
 
 
+# ---- evaluation
+
+
 def test_images_are_tested_in_parts_and_no_graph_is_kept():
     sizes, model = [], ResNet("resnet8", 3)
     model.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
@@ -2274,7 +2256,21 @@ def test_groups_are_by_training_count_and_absent_when_empty():
         assert scores["top1"] == approx(100 / 3) and scores["per_class"] == [50, 100, 0, 0, None]
 
 
-# ---- flags reach what they are for; table and plot
+def test_the_result_is_the_last_test_not_the_best(tiny, tmp_path, monkeypatch):
+    top1, evaluate = [90.0, 10.0], kd_lt.evaluate
+    monkeypatch.setattr(kd_lt, "evaluate", lambda *args: evaluate(*args) | {"top1": top1.pop(0)})
+    folder, _ = finish(flags(tiny, tmp_path, "--method ce --eval-every 1"))
+    assert json.loads((folder / "result.json").read_text())["top1"] == 10
+    assert not kd_lt.load_run(folder).training
+
+
+def test_a_class_without_test_images_is_told(tmp_path):
+    file = make_npz(tmp_path / "a.npz", y_test=np.array([0, 0, 0, 2, 2, 2]))
+    _, out = finish(flags(file, tmp_path / "runs", "--method ce"))
+    assert "no test image of class 1: its accuracy" in out
+
+
+# ---- flags reach what they are for
 
 ACTS = [  # other flags, a flag and its value, and the settings that it changes
     ("--method ce", "--lr", "0.05", {"lr"}),
@@ -2291,6 +2287,15 @@ ACTS = [  # other flags, a flag and its value, and the settings that it changes
     ("--method kd", "--teacher", "resnet14", {"teachers"}),
     ("--method kd", "--teacher-method", "bsce", {"teachers"}),
 ]
+
+
+def settings_with_and_without(tiny, others, flag, value):
+    """The recorded settings of a run without the flag and of one with it, whose losses differ."""
+    texts = others, f"{others} {flag} {value}"  # the first: made once
+    folders = [finish(flags(tiny, tiny.parent, text))[0] for text in texts]
+    losses = [[row["loss"] for row in log_of(folder)] for folder in folders]
+    assert losses[0] != losses[1]
+    return [json.loads((folder / "config.json").read_text())["settings"] for folder in folders]
 
 
 def test_every_setting_is_changed_by_a_flag_above():
@@ -2390,15 +2395,6 @@ def test_which_folders_a_report_reads(monkeypatch, text, plotted, tabled):
     assert (asked.get("plot"), asked.get("table")) == (plotted, tabled)
 
 
-def settings_with_and_without(tiny, others, flag, value):
-    """The recorded settings of a run without the flag and of one with it, whose losses differ."""
-    texts = others, f"{others} {flag} {value}"  # the first: made once
-    folders = [finish(flags(tiny, tiny.parent, text))[0] for text in texts]
-    losses = [[row["loss"] for row in log_of(folder)] for folder in folders]
-    assert losses[0] != losses[1]
-    return [json.loads((folder / "config.json").read_text())["settings"] for folder in folders]
-
-
 def test_defaults_of_teachers_and_of_cifar_10():
     expected = {"ce": [], "bsce": [], "dive": ["bsce"]}
     for method in ("kd", "bkd", "cbd", "krdistill"):
@@ -2420,6 +2416,9 @@ def test_defaults_of_teachers_and_of_cifar_10():
         for text in ("cifar100", "cifar10", "cifar10 --bkd-start 0")
     ]
     assert starts == [0, 0.8, 0]
+
+
+# ---- names of runs, table and plot
 
 
 def test_run_names_of_the_published_default_stay():
@@ -2713,12 +2712,11 @@ def test_same_numbers_again(twice):
     assert len({str([row["loss"] for row in one[1]]) for one in first.values()}) == networks
 
 
-def test_the_result_is_the_last_test_not_the_best(tiny, tmp_path, monkeypatch):
-    top1, evaluate = [90.0, 10.0], kd_lt.evaluate
-    monkeypatch.setattr(kd_lt, "evaluate", lambda *args: evaluate(*args) | {"top1": top1.pop(0)})
-    folder, _ = finish(flags(tiny, tmp_path, "--method ce --eval-every 1"))
-    assert json.loads((folder / "result.json").read_text())["top1"] == 10
-    assert not kd_lt.load_run(folder).training
+def test_a_seed_means_what_it_did(twice):
+    """Or nobody could check the published runs. Other processors round differently."""
+    (bkd,) = twice[0].glob("*-bkd-*")
+    losses = [row["loss"] for row in log_of(bkd)]
+    assert losses == approx([1.21633, 1.82309], rel=1e-4)
 
 
 def test_time_counts_over_all_stops_and_what_is_left_from_the_last(small, tmp_path, monkeypatch):
@@ -2921,6 +2919,26 @@ def test_stopped_at_every_write(finished, tiny, tmp_path, monkeypatch, stop, sta
         assert outcome(runs) == outcome(tmp_path / "whole"), n
 
 
+def test_a_stopped_run_continues_bit_for_bit_with_two_threads(tiny, tmp_path, monkeypatch):
+    train_epoch, text = kd_lt.train_epoch, "--method ce --student resnet14"
+
+    def stopped(trainer, step, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(trainer, step, epoch)
+
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(kd_lt, "train_epoch", stopped)
+            refused(flags(tiny, tmp_path / "runs", text), "interrupted")
+        for runs in ("runs", "whole"):
+            finish(flags(tiny, tmp_path / runs, text))
+    finally:
+        torch.set_num_threads(1)
+    assert outcome(tmp_path / "runs") == outcome(tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def failed(tiny, tmp_path_factory):
     """The folder of a run whose loss is not finite in its second epoch, and the message."""
@@ -2967,11 +2985,21 @@ def test_one_writer(tiny, tmp_path):
     assert len(found) == 3 and {name: found[name] for name in want} == want
 
 
-def test_a_class_without_test_images_is_told(tmp_path):
-    file = make_npz(tmp_path / "a.npz", y_test=np.array([0, 0, 0, 2, 2, 2]))
-    _, out = finish(flags(file, tmp_path / "runs", "--method ce"))
-    assert "no test image of class 1: its accuracy" in out
+def test_a_file_system_that_cannot_lock_is_told(tiny, tmp_path, monkeypatch):
+    def failing(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
+    monkeypatch.setattr(fcntl, "flock", failing)
+    status, err = refused(flags(tiny, tmp_path, "--method ce"), "cannot lock (Function not")
+    assert status == 2 and "--runs-dir" in err
+
+
+def test_a_run_works_where_files_cannot_be_locked(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(kd_lt, "fcntl", None)  # as on Windows
+    finish(flags(tiny, tmp_path, "--method ce --epochs 1"))
+
+
+# ---- resume, and what it does about damage
 
 LOGS = {  # the content of a log, and the epochs that are read of it
     "empty": (b"", []),
@@ -3068,25 +3096,27 @@ def test_a_log_without_its_checkpoint_is_not_overwritten(finished, tiny, tmp_pat
     assert files(student).items() >= before.items()
 
 
-def test_a_file_system_that_cannot_lock_is_told(tiny, tmp_path, monkeypatch):
-    def failing(*args):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", failing)
-    status, err = refused(flags(tiny, tmp_path, "--method ce"), "cannot lock (Function not")
-    assert status == 2 and "--runs-dir" in err
-
-
-def test_an_output_that_is_full_is_not_blamed_on_the_runs_alone(finished):
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-u", HERE / "kd_lt.py", "--table", finished[0].parent],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert ended.returncode == 1 and "or where the output goes: No space left" in ended.stderr
-    assert ended.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    "role, name, content",
+    [
+        ("student", "last.pt", b"bad"),
+        ("student", "last.pt", "cut"),
+        ("teacher", "last.pt", "cut"),
+        ("student", "result.json", "cut"),
+    ],
+)
+def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
+    teacher, student = finished
+    runs = shutil.copytree(teacher.parent, tmp_path / "runs")
+    file = runs / {"teacher": teacher, "student": student}[role].name / name
+    file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
+    if name == "last.pt":  # else the result alone is read
+        (runs / student.name / "result.json").unlink()
+    before, argv = files(runs), flags(tiny, runs, "--method kd")
+    refused(argv, file, "move its whole folder away")
+    assert files(runs) == before
+    file.parent.rename(tmp_path / "away")
+    assert outcome(finish(argv)[0].parent) == outcome(finished[0].parent)
 
 
 def test_a_resumed_run_keeps_its_earlier_devices(failed, tiny, tmp_path):
@@ -3103,17 +3133,6 @@ def test_a_resumed_run_keeps_its_earlier_devices(failed, tiny, tmp_path):
     assert result["version"] == f"2.9, then {kd_lt.VERSION}"
 
 
-def test_the_line_that_fails_is_found_inside_a_module():
-    class Fails(torch.nn.Module):
-        def forward(self, x):
-            return x @ x
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.nn.Sequential(Fails())(torch.ones(2, 3))
-    line = Fails.forward.__code__.co_firstlineno + 1
-    assert kd_lt.last_line_outside_torch(caught.value) == f"{__file__}, line {line}"
-
-
 def test_partial_files_of_a_killed_process_go(failed, tiny, tmp_path):
     runs = shutil.copytree(failed[0].parent, tmp_path / "runs")
     stale = runs / failed[0].name / "last.pt.1234.partial"
@@ -3122,11 +3141,51 @@ def test_partial_files_of_a_killed_process_go(failed, tiny, tmp_path):
     assert not stale.exists()
 
 
+# ---- given teachers
+
+
 def test_what_else_may_teach(finished):
     """A teacher of the student's seed and another network, and one on the same images renamed."""
     config = kd_lt.read(finished[1] / "result.json", ())["config"]
     for changes in ({"seed": 1000, "network": "resnet14"}, {"dataset": "renamed.npz"}):
         assert kd_lt.given_teacher(finished[0], replace(config, **changes))["network"] == "resnet8"
+
+
+def test_foreign_teacher(finished, failed, tiny, tmp_path):
+    runs, new = tmp_path / "runs", tmp_path / "new"
+    images = make_npz(tmp_path / "tiny.npz", [3, 5, 1])
+    for teacher, text, reason in [
+        (finish(flags(tiny, runs, "--method ce --imb 5"))[0], "", "imb 5 .*, not tiny.npz, not"),
+        (finish(flags(images, runs, "--method ce"))[0], "", "trained on other images"),
+        (finished[0], "--method cbd", "its classifier is linear, not cosine"),
+        (failed[0], "", "after epoch 1 of 2"),
+        (finished[0] / "result.json", "", "expected is a run folder, or the last.pt"),
+        (finished[0], "--seed 1000", "--seed"),  # the teacher's
+    ]:
+        argv = flags(tiny, new, f"--method kd --seed 3 {text}", "--teacher-checkpoint", teacher)
+        assert re.search(reason, refused(argv, teacher)[1])
+        assert not new.exists()
+
+
+def test_a_given_teacher_that_is_no_run(finished, tiny, tmp_path):
+    whole, file = (finished[0] / "last.pt").read_bytes(), tmp_path / "t.pt"
+    content = torch.load(finished[0] / "last.pt", weights_only=True)
+    for wrong in (
+        b"garbage",
+        whole[:-1],
+        pickle.dumps(Bomb(), 2),
+        content | {"more": Bomb()},
+        content["student"],  # as another program saves it
+        nn.Linear(1, 1),
+    ):
+        if isinstance(wrong, bytes):
+            file.write_bytes(wrong)
+        else:
+            torch.save(wrong, file)
+        argv = flags(tiny, tmp_path / "runs", "--method kd", "--teacher-checkpoint", file)
+        status, err = refused(argv, file, "of another program")
+        assert status == 2 and err.count("\n") == 1 and "Weights only" not in err
+        assert [*tmp_path.iterdir()] == [file]  # no runs
 
 
 def test_a_given_teacher_is_known_by_its_bytes(finished, tmp_path):
@@ -3141,6 +3200,9 @@ def test_a_given_teacher_is_known_by_its_bytes(finished, tmp_path):
     assert first == second != kd_lt.given_teacher(copied, config)["checkpoint"]
 
 
+# ---- the script and its output
+
+
 def test_a_closed_output_ends_quietly(finished):
     program = [sys.executable, HERE / "kd_lt.py", "--table", finished[0].parent]
     reader, writer = os.pipe()
@@ -3150,22 +3212,24 @@ def test_a_closed_output_ends_quietly(finished):
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
+def test_an_output_that_is_full_is_not_blamed_on_the_runs_alone(finished):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-u", HERE / "kd_lt.py", "--table", finished[0].parent],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 1 and "or where the output goes: No space left" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
 def test_the_recorded_command_is_what_a_shell_takes_back(tiny, tmp_path):
     argv = flags(tiny, tmp_path / "my runs", "--method ce --epochs 1")
     folder, _ = finish(argv)
     command = json.loads((folder / "config.json").read_text())["command"]
     assert shlex.split(command) == ["kd_lt.py", *argv] and "'" in command
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["command"] == command
-
-
-def test_a_run_works_where_files_cannot_be_locked(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(kd_lt, "fcntl", None)  # as on Windows
-    finish(flags(tiny, tmp_path, "--method ce --epochs 1"))
-
-
-def test_without_torchs_private_functions_a_cpu_has_no_bf16(monkeypatch):
-    monkeypatch.setattr(torch, "cpu", SimpleNamespace())
-    assert not kd_lt.cpu_has_bf16()
 
 
 # ---- wrong input
@@ -3248,66 +3312,6 @@ def test_bad_flag(tmp_path, monkeypatch, text, named):
     assert not [*tmp_path.iterdir()]
 
 
-def test_foreign_teacher(finished, failed, tiny, tmp_path):
-    runs, new = tmp_path / "runs", tmp_path / "new"
-    images = make_npz(tmp_path / "tiny.npz", [3, 5, 1])
-    for teacher, text, reason in [
-        (finish(flags(tiny, runs, "--method ce --imb 5"))[0], "", "imb 5 .*, not tiny.npz, not"),
-        (finish(flags(images, runs, "--method ce"))[0], "", "trained on other images"),
-        (finished[0], "--method cbd", "its classifier is linear, not cosine"),
-        (failed[0], "", "after epoch 1 of 2"),
-        (finished[0] / "result.json", "", "expected is a run folder, or the last.pt"),
-        (finished[0], "--seed 1000", "--seed"),  # the teacher's
-    ]:
-        argv = flags(tiny, new, f"--method kd --seed 3 {text}", "--teacher-checkpoint", teacher)
-        assert re.search(reason, refused(argv, teacher)[1])
-        assert not new.exists()
-
-
-def test_a_given_teacher_that_is_no_run(finished, tiny, tmp_path):
-    whole, file = (finished[0] / "last.pt").read_bytes(), tmp_path / "t.pt"
-    content = torch.load(finished[0] / "last.pt", weights_only=True)
-    for wrong in (
-        b"garbage",
-        whole[:-1],
-        pickle.dumps(Bomb(), 2),
-        content | {"more": Bomb()},
-        content["student"],  # as another program saves it
-        nn.Linear(1, 1),
-    ):
-        if isinstance(wrong, bytes):
-            file.write_bytes(wrong)
-        else:
-            torch.save(wrong, file)
-        argv = flags(tiny, tmp_path / "runs", "--method kd", "--teacher-checkpoint", file)
-        status, err = refused(argv, file, "of another program")
-        assert status == 2 and err.count("\n") == 1 and "Weights only" not in err
-        assert [*tmp_path.iterdir()] == [file]  # no runs
-
-
-@pytest.mark.parametrize(
-    "role, name, content",
-    [
-        ("student", "last.pt", b"bad"),
-        ("student", "last.pt", "cut"),
-        ("teacher", "last.pt", "cut"),
-        ("student", "result.json", "cut"),
-    ],
-)
-def test_damaged_folder(finished, tiny, tmp_path, role, name, content):
-    teacher, student = finished
-    runs = shutil.copytree(teacher.parent, tmp_path / "runs")
-    file = runs / {"teacher": teacher, "student": student}[role].name / name
-    file.write_bytes(file.read_bytes()[:1000] if content == "cut" else content)
-    if name == "last.pt":  # else the result alone is read
-        (runs / student.name / "result.json").unlink()
-    before, argv = files(runs), flags(tiny, runs, "--method kd")
-    refused(argv, file, "move its whole folder away")
-    assert files(runs) == before
-    file.parent.rename(tmp_path / "away")
-    assert outcome(finish(argv)[0].parent) == outcome(finished[0].parent)
-
-
 # ---- devices
 
 
@@ -3327,6 +3331,11 @@ def test_a_cpu_computes_in_bf16_where_it_has_it(monkeypatch, avx512, amx):
     for asked, found in (("auto", auto), ("fp32", "fp32"), ("bf16", "bf16")):
         args = kd_lt.parse_flags(["--device", "cpu", "--precision", asked])
         assert kd_lt.choose_device(args) == (torch.device("cpu"), found)
+
+
+def test_without_torchs_private_functions_a_cpu_has_no_bf16(monkeypatch):
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace())
+    assert not kd_lt.cpu_has_bf16()
 
 
 def test_bf16_needs_a_card_that_has_it(monkeypatch):
@@ -3361,7 +3370,73 @@ def test_out_of_memory_is_told(tiny, tmp_path, monkeypatch, error):
     assert refused(flags(tiny, tmp_path, "--method ce"), *message)[0] == 1
 
 
-def test_an_unknown_sampler_is_refused():
-    images = random_images(3, size=(16, 16))
-    with pytest.raises(ValueError, match="sampler"):
-        Batches(images, torch.arange(3), 2, "cpu", "Class")
+# ---- on request, with -s -k speed: how long a step takes
+
+
+def seconds_a_step(epoch, steps, device):
+    """The median over five calls of epoch(), after one that is not counted."""
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        epoch()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / steps)
+    return statistics.median(times[1:])
+
+
+def test_speed(request):
+    if "speed" not in request.config.getoption("-k"):
+        pytest.skip("on request: -s -k speed")
+    torch.set_num_threads(THREADS)
+    device, precision = kd_lt.choose_device(kd_lt.parse_flags([]))
+    on_gpu = device.type == "cuda"
+    steps = 100 if on_gpu else 5  # in a measurement
+    n = 8192 if on_gpu else 2048  # rows and columns of the large matrices
+    dataset = made_up(128 * steps // 10, 1)
+    words = ["--student", "resnet32", "--teacher", "resnet32", "--batch-size", "128"]
+    trainer = make_trainer(dataset, "bkd", *words, device=device, precision=precision)
+    trainer.start_epoch(0)
+    step = trainer.capture() if on_gpu else trainer.step
+    with FlopCounterMode(display=False) as flops:
+        trainer.step(128)
+
+    def our_epoch():
+        trainer.start_epoch(0)
+        for size in trainer.batches.sizes:
+            step(size)
+
+    ours = seconds_a_step(our_epoch, steps, device)
+    memory = f"{torch.cuda.max_memory_reserved() / 2**20:.0f} MiB reserved" if on_gpu else "-"
+    torch.backends.cudnn.allow_tf32 = True  # as torch has it
+    plain = Plain(trainer, dataset)
+    optimizer = torch.optim.SGD(plain.parameters, 0.1, momentum=0.9, weight_decay=2e-4)
+    loader = DataLoader(
+        PlainImages(dataset, trainer.batches),
+        128,
+        shuffle=True,
+        num_workers=4 if on_gpu else 0,
+        persistent_workers=on_gpu,
+    )
+
+    def plain_epoch():
+        for images, y in loader:
+            loss = plain.loss(images.to(device), y.to(device), plain.counts)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    theirs = seconds_a_step(plain_epoch, steps, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    peak = 2e-12 * n**3 / seconds_a_step(lambda: [a @ b for _ in range(5)], 5, device)
+    speed = 1e-12 * flops.get_total_flops() / ours
+    print(
+        f"\nbkd, resnet32 from resnet32, batch 128; {device}, {precision}, "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    )
+    for name, seconds in (("this program", ours), ("plain path", theirs)):
+        print(f"{name:<13}{1000 * seconds:9.2f} ms/step {128 / seconds:8.0f} images/s")
+    print(f"ratio        {theirs / ours:9.2f} medians of 5 x {steps} steps; GPU memory {memory}")
+    print(f"arithmetic   {speed:9.3f} TFLOP/s, {speed / peak:.0%} of a large matrix product's")
