@@ -82,8 +82,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     because to look at them would make the CPU wait for the GPU and break torch.compile: pass a
     tensor under torch.compile(fullgraph=True).
 
-    The result has the dtype of the logits, or float32 for half precision. A float64 tensor on the
-    logits' device stays float64; on another one it does not, because not every device has float64.
+    The result has the dtype of the logits, or float32 for half precision. A float64 tensor stays
+    float64 if it is on the logits' device; not every device has float64.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -687,7 +687,8 @@ class Trainer:
             learns_prior = METHODS[config.teachers[0]["method"]].learns_prior
             self.prior_counts = self.class_counts if learns_prior else self.equal_counts
 
-        # Sums over the images of an epoch. They stay on the device until the epoch is over.
+        # Sums over the images of an epoch, which stay on the device until the epoch is over. A
+        # number of images is exact in float32 up to 16 million.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), device=device)
 
@@ -800,7 +801,8 @@ class Trainer:
         Warm up, record, restore, return. The steps train on whatever the batches hold; then the
         state is restored, and start_epoch, which has to follow, sets all the rest. Raises
         CaptureError where torch cannot record the step, for example because its loss calls .item()
-        or branches on a tensor, for which the CPU has to wait for the GPU.
+        or branches on a tensor, for which the CPU has to wait for the GPU. After that the process
+        has to end: the trainer's state and torch's stream are not restored.
         """
         saved = copy.deepcopy(self.state_dict())
         self.student.train()  # the graph keeps the mode that it was recorded in
@@ -824,7 +826,7 @@ class Trainer:
                     self.step(size)
         except RuntimeError as error:
             first = error  # torch raises others after it; the first one holds the reason
-            while first.__context__ is not None:
+            while isinstance(first.__context__, RuntimeError):
                 first = first.__context__
             reason = str(first).split("\n")[0]
             raise CaptureError(
@@ -1057,7 +1059,7 @@ class FolderBusyError(Exception):
 def differs_from_default(config: Config) -> dict:
     """What a reader has to be told of a run's settings: those that are not the default ones.
 
-    In another order the same settings would get another folder.
+    The order of the keys is part of run_name: keep it.
     """
     method = METHODS[config.method]
     defaults = {
@@ -1074,7 +1076,7 @@ def differs_from_default(config: Config) -> dict:
     return {
         key: values[key]
         for key, default in defaults.items()
-        if key in values and values[key] != default  # a run made before a hyperparameter lacks it
+        if key in values and values[key] != default  # a run older than a hyperparameter lacks it
     }
 
 
@@ -1133,22 +1135,13 @@ def write_json(path: Path, content: dict) -> None:
 
 # The keys that read demands of a last.pt, to rebuild its network or to resume its run, and of a
 # result.json. All have "settings", too.
-TO_LOAD = ("network", "student", "epoch")
-TO_RESUME = (
-    *TO_LOAD,
-    "teachers",
-    "adapter",
-    "momentum",
-    "generator",
-    "seconds",
-    "devices",
-    "versions",
-)
+TO_LOAD = ("network", "student", "epoch", "versions")
+TO_RESUME = (*TO_LOAD, "teachers", "adapter", "momentum", "generator", "seconds", "devices")
 TO_REPORT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
 
 
 def read(path: str | Path, needed: tuple[str, ...]) -> dict:
-    """A run's last.pt, result.json or config.json, and its Config as "config", its path as "file".
+    """A run's last.pt or result.json, and its Config as "config", its path as "file".
 
     Everything that reads them goes through here. No code from the file is run. Raises InputError
     for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
@@ -1164,7 +1157,7 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
         config = Config(**content["settings"])
         is_ours = config.method in METHODS and config.network in NETWORKS
         if not is_ours or not content.keys() >= set(needed):
-            raise KeyError("settings, or keys, of another program")  # told below
+            raise KeyError  # refused below
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; the run is not finished, is no run, or came without its weights"
@@ -1173,23 +1166,25 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception:  # of a damaged or foreign file torch.load and json raise a dozen types
         raise InputError(
-            f"{path}: damaged, or of another program or version; expected is a run folder, or the "
-            "last.pt in it. To train a run anew, move its whole folder away"
+            f"{path}: damaged, of another program or version, or without what is needed here "
+            "(weights are in last.pt). To train a run anew, move its whole folder away"
         ) from None
     return content | {"config": config, "file": path}
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of log.jsonl, as far as it is whole: the command, then epochs 1, 2, 3, ...
+    """The lines of log.jsonl, as far as it is whole: the command, then the epochs in order.
 
     Raises OSError where it is there and cannot be read.
     """
     rows = []
     # A damaged line raises one of these, and ends the reading.
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
+        heading, *lines = (folder / "log.jsonl").read_text(errors="replace").splitlines()
+        rows.append({"command": json.loads(heading)["command"]})
+        for line in lines:
             row = json.loads(line)
-            if rows and row["epoch"] != len(rows):
+            if row["epoch"] <= rows[-1].get("epoch", 0):
                 break
             rows.append(row)
     return rows
@@ -1281,7 +1276,8 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     progress.devices = list(dict.fromkeys([*progress.devices, machine(trainer.device)]))
     progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
     # The log may be an epoch ahead of last.pt. That row is cut, because its epoch is run again.
-    lines = [json.dumps(row) + "\n" for row in rows[: 1 + progress.epochs]]
+    kept = [row for row in rows if row.get("epoch", 0) <= progress.epochs]
+    lines = [json.dumps(row) + "\n" for row in kept]
     write_whole(folder / "log.jsonl", "".join(lines).encode())
     return progress
 
@@ -1344,7 +1340,7 @@ def run(
             }
             write_json(folder / "config.json", description)
 
-        # A run with given teachers trains none, so that no teacher's run gets args with them.
+        # Teachers that are trained here get the same args, without teacher_checkpoint.
         paths = args.teacher_checkpoint or [
             train_teacher(teacher, config, data, args, device) for teacher in config.teachers
         ]
@@ -1388,7 +1384,7 @@ def train_teacher(
 # +----------------------------------------------------------------------------------------------+
 # | 6 Reports                                                                                    |
 # |                                                                                              |
-# | Both are made from result.json, the table's last line from log.jsonl, too. Runs that differ  |
+# | Both are made from result.json; the table's last line needs log.jsonl, too. Runs that differ |
 # | in their seeds, and in nothing else, are one row or one line.                                |
 # +----------------------------------------------------------------------------------------------+
 
@@ -1490,7 +1486,7 @@ def best_tested(result: dict) -> float:
     folder = result["file"].parent
     rows = read_log(folder)
     if len(rows) <= result["config"].epochs:  # the command, and a row an epoch
-        print(f"kd_lt.py: {folder / 'log.jsonl'} is damaged: its end is left out", file=sys.stderr)
+        print(f"kd_lt.py: {folder / 'log.jsonl'} is damaged: it lacks epochs", file=sys.stderr)
     return max([result["top1"], *(row["top1"] for row in rows if "top1" in row)])
 
 

@@ -34,7 +34,7 @@ for seed in $SEEDS; do
     command=("$PYTHON" "$program" --method "$method" --dataset "$DATASET"
       --student "$STUDENT" --epochs "$EPOCHS" --seed "$seed" --runs-dir "$RUNS")
     [ -z "$IMB" ] || command+=(--imb "$IMB")
-    # A method without a teacher, and a given one, refuse --teacher.
+    # --teacher is refused by methods without a teacher, and beside --teacher-checkpoint.
     [[ -z "$TEACHER" || "$method $EXTRA" =~ ^(ce|bsce)\ |--teacher-checkpoint ]] ||
       command+=(--teacher "$TEACHER")
     # shellcheck disable=SC2206
