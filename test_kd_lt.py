@@ -2068,8 +2068,10 @@ def test_readme_numbers_without_krdistills_features_are_those_of_the_results(res
         result = json.loads(path.read_text())
         settings = result["settings"]
         tops[settings["hyper"]["gamma"], settings["seed"]] = f"{result['top1']:.2f}"
-    with_features, without = (f"{tops[gamma, 0]} and {tops[gamma, 1]}" for gamma in (2, 0))
-    assert f"seeds 0 and 1 have a top-1 of {with_features} with it, {without} without," in README
+    with_features, without = (
+        f"{tops[gamma, 0]}, {tops[gamma, 1]} and {tops[gamma, 2]}" for gamma in (2, 0)
+    )
+    assert f"0, 1 and 2 have a top-1 of {with_features} with it, {without} without," in README
 
 
 def test_readme_names_what_has_to_be_copied_with_a_loss_and_the_version():
