@@ -122,8 +122,7 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
 def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(target / T) || softmax(student / T)), both (B, C), as a scalar.
 
-    T^2 keeps the gradient about equally large at every temperature; without it the gradient would
-    shrink as 1 / T^2.
+    T^2 keeps the gradient about equally large at every temperature.
     "batchmean" sums over the classes and takes the mean over the images, as the definition of the
     divergence has it; plain "mean" would divide by C, too. The target is passed on as a
     probability, not as its logarithm, so that a class of probability 0 adds 0. It receives no
@@ -349,7 +348,7 @@ def balanced_prototypes(class_means: Tensor) -> Tensor:
     A long-tailed teacher spends long directions on head classes and short ones on the tail. S
     holds those lengths: dropping S makes all directions equally long, and keeps the classes as
     near to the teacher's own arrangement as that allows. Where the M_c span C - 1 dimensions, every
-    two prototypes have the cosine -1 / (C - 1), a simplex equiangular tight frame. For D < C - 1
+    two prototypes have the cosine -1 / (C - 1). For D < C - 1, as with 64 features on CIFAR-100,
     all singular values of U V^T are 1; those of P, whose rows are scaled, are only nearly equal.
 
     class_means       m, (C, D) float, C >= 2
@@ -407,8 +406,8 @@ def rectify_logits(teacher_logits: Tensor, targets: Tensor, class_counts: Counts
 
     A network trained with CE learns the class shares pi into its logits. One trained with balanced
     softmax does not: call this with equal class_counts then. The exchange mends what is still
-    wrong on a training image and keeps all values. Subtracting log pi is also what xERM does (AAAI
-    2022, arXiv 2112.14380) and, by a third party's re-implementation, CCKD (ICML 2024).
+    wrong on a training image and keeps all values. xERM (AAAI 2022, arXiv 2112.14380), too,
+    subtracts log pi.
 
     teacher_logits    z_teacher, (B, C) float
     targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
@@ -441,7 +440,7 @@ def krdistill_loss(
         L_LRD = T^2 KL(softmax(r / T) || softmax(z / T)),    L_RRD = mean_B(1 - cos(f, g))
 
     LRD and RRD are the paper's names: logit- and representation-rectified distillation. CE is the
-    balanced softmax, so that labels and teacher speak of the same balanced world. The student's
+    balanced softmax, because the rectified teacher, too, is without the class shares. The student's
     features pass a learned linear map first: features after a ReLU have no negative entries, the
     rectified ones have, so that without the map they could not meet.
 
@@ -487,10 +486,10 @@ class Method:
     highest: dict[str, float] = field(default_factory=dict)  # upper limits, of those that have one
     teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
-    head: str = "linear"  # the classifier of student and teacher, or "cosine"
-    # What a loss that compares features needs. "features": a layer before the classifier gives the
-    # student's the width of the teachers'. "class means": a linear map beside the classifier does,
-    # and the mean of the teacher's features over each class is computed, too.
+    head: str = "linear"  # the classifier of student and teacher: "linear" or "cosine"
+    # What makes the features of student and teacher equally wide, where a loss compares them.
+    # "features": a layer before the student's classifier. "class means": a linear map beside it;
+    # the mean of the teacher's features over each class is computed, too.
     uses: str = ""
     many_teachers: bool = False  # whether --num-teachers may ask for several
     learns_prior: bool = True  # whether its logits hold log pi, which rectify_logits subtracts
@@ -529,7 +528,7 @@ METHODS = {
         learns_prior=False,
     ),
     "krdistill": Method(
-        "knowledge rectification (our reconstruction): imitate a balanced teacher",
+        "rectified distillation (our reconstruction): imitate a balanced teacher",
         hyper={"temperature": 2.0, "alpha": 1.0, "gamma": 2.0},
         teacher="ce",
         uses="class means",
@@ -565,8 +564,8 @@ class Config:
     hyper: dict[str, float]  # the method's hyperparameters, as default_hyper
     network: str  # a key of models.NETWORKS
     head: str  # its classifier: "linear" or "cosine"
-    # Of each teacher: network, method, head, colour and seed, which are those of its own Config;
-    # of a given one checkpoint, a digest of its file, instead of seed.
+    # Of each teacher: network, method, head, colour and seed, as in its own Config. One that
+    # --teacher-checkpoint gives has "checkpoint", a digest of its file, instead of seed.
     teachers: list[dict]
     seed: int  # of weights, batches and augmentation
     precision: str  # "fp32" or "bf16"
@@ -1340,7 +1339,7 @@ def run(
             }
             write_json(folder / "config.json", description)
 
-        # Teachers that are trained here get the same args, without teacher_checkpoint.
+        # Teachers are trained only where teacher_checkpoint is empty; they can get the same args.
         paths = args.teacher_checkpoint or [
             train_teacher(teacher, config, data, args, device) for teacher in config.teachers
         ]
