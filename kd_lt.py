@@ -98,8 +98,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     else:
         # The items of a dict, of Counter(labels).values() or of a pandas Series are numbers, too,
         # but need not be in the order of the classes.
-        is_array = hasattr(class_counts, "__array_interface__")  # of NumPy
-        if not isinstance(class_counts, Sequence) and not is_array:
+        is_list = isinstance(class_counts, Sequence) and not isinstance(class_counts, (str, bytes))
+        if not is_list and not hasattr(class_counts, "__array_interface__"):  # of NumPy
             raise ValueError(
                 "class_counts must be C numbers in a list, tuple, array or tensor, in the order of "
                 f"the classes, not {class_counts}"
@@ -1162,7 +1162,7 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
             f"{path}: no such file; the run is not finished, is no run, or came without its weights"
         ) from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception:  # of a damaged or foreign file torch.load and json raise a dozen types
         raise InputError(
             f"{path}: damaged, of another program or version, or without what is needed here "
@@ -1171,22 +1171,32 @@ def read(path: str | Path, needed: tuple[str, ...]) -> dict:
     return content | {"config": config, "file": path}
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The lines of log.jsonl, as far as it is whole: the command, then the epochs in order.
+def read_checkpoint(folder: Path, config: Config, needed: tuple[str, ...]) -> dict:
+    """The last.pt of a run's folder, as read. Raises InputError, too, where it is another run's."""
+    content = read(folder / "last.pt", needed)
+    if content["config"] != config:
+        raise InputError(
+            f"{content['file']}: it is of another run, {run_name(content['config'])}. Put the "
+            "right one back, or move this run's whole folder away to train it anew"
+        )
+    return content
+
+
+def read_log(folder: Path) -> tuple[str, list[dict]]:
+    """The command and the rows of log.jsonl, epochs in order; damaged lines are left out.
 
     Raises OSError where it is there and cannot be read.
     """
-    rows = []
-    # A damaged line raises one of these, and ends the reading.
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        heading, *lines = (folder / "log.jsonl").read_text(errors="replace").splitlines()
-        rows.append({"command": json.loads(heading)["command"]})
-        for line in lines:
-            row = json.loads(line)
-            if row["epoch"] <= rows[-1].get("epoch", 0):
-                break
-            rows.append(row)
-    return rows
+    command, rows = "", []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # of a damaged line
+                row = json.loads(line)
+                if "command" in row:
+                    command = row["command"]
+                elif row["epoch"] > (rows[-1]["epoch"] if rows else 0):
+                    rows.append(row)
+    return command, rows
 
 
 def add_to_log(folder: Path, row: dict) -> None:
@@ -1247,14 +1257,9 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
         stale.unlink()
 
     progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
-    rows = read_log(folder) or [{"command": command}]
+    logged_command, rows = read_log(folder)
     if (folder / "last.pt").exists():
-        content = read(folder / "last.pt", TO_RESUME)
-        if content["config"] != trainer.config:
-            raise InputError(
-                f"{content['file']}: it is of another run, {run_name(content['config'])}. Put the "
-                "right one back, or move this run's whole folder away to train it anew"
-            )
+        content = read_checkpoint(folder, trainer.config, TO_RESUME)
         if content["teachers"] != trainer.teacher_digests:
             raise InputError(
                 f"{folder}: its first {content['epoch']} epochs had another teacher, whose weights "
@@ -1266,7 +1271,7 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
             content["epoch"], content["seconds"], content["devices"], content["versions"]
         )
         print(f"resumed   after epoch {progress.epochs} of {trainer.config.epochs}")
-    elif len(rows) > 2:  # the first epoch's row can be there without last.pt: it is written first
+    elif len(rows) > 1:  # the first epoch's row can be there without last.pt: it is written first
         raise InputError(
             f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
             "this run's whole folder away to train it anew"
@@ -1275,8 +1280,8 @@ def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
     progress.devices = list(dict.fromkeys([*progress.devices, machine(trainer.device)]))
     progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
     # The log may be an epoch ahead of last.pt. That row is cut, because its epoch is run again.
-    kept = [row for row in rows if row.get("epoch", 0) <= progress.epochs]
-    lines = [json.dumps(row) + "\n" for row in kept]
+    kept = [row for row in rows if row["epoch"] <= progress.epochs]
+    lines = [json.dumps(row) + "\n" for row in [{"command": logged_command or command}, *kept]]
     write_whole(folder / "log.jsonl", "".join(lines).encode())
     return progress
 
@@ -1377,7 +1382,16 @@ def train_teacher(
     """
     hyper = default_hyper(teacher["method"], config.dataset)
     teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
-    return run(teacher_config, data, args, device, role="teacher")
+    folder = run(teacher_config, data, args, device, role="teacher")
+
+    # In a folder that was copied in two parts, result.json can be ahead of last.pt.
+    epoch = read_checkpoint(folder, teacher_config, TO_LOAD)["epoch"]
+    if epoch != config.epochs:
+        raise InputError(
+            f"{folder}: result.json is of epoch {config.epochs}, but last.pt of epoch {epoch}. "
+            "Copy the folder anew, or delete result.json to train on"
+        )
+    return folder
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -1483,8 +1497,8 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
 def best_tested(result: dict) -> float:
     """The top-1 of the best tested epoch, for comparison with papers that report it."""
     folder = result["file"].parent
-    rows = read_log(folder)
-    if len(rows) <= result["config"].epochs:  # the command, and a row an epoch
+    _, rows = read_log(folder)
+    if len(rows) < result["config"].epochs:
         print(f"kd_lt.py: {folder / 'log.jsonl'} is damaged: it lacks epochs", file=sys.stderr)
     return max([result["top1"], *(row["top1"] for row in rows if "top1" in row)])
 

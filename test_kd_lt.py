@@ -623,6 +623,8 @@ def test_every_form_of_class_counts_is_taken(counts):
         (n for n in COUNTS),
         None,
         5,
+        "25951",
+        b"25951",
         [],
         COUNTS[:1],
         COUNTS[:4],
@@ -641,6 +643,8 @@ def test_every_form_of_class_counts_is_taken(counts):
         "iterator",
         "None",
         "number",
+        "text",
+        "bytes",
         "no counts",
         "one",
         "four",
@@ -3024,19 +3028,19 @@ LOGS = {  # the content of a log, and the epochs that are read of it
     "empty": (b"", []),
     "half a line": (b"{", []),
     "command alone": (b'{"command": ""}\n', []),
-    "no command": (b'{"epoch": 1}\n{"epoch": 2}\n', []),
-    "a number": (b"5\n", []),
-    "gap": (b'{"command": ""}\n{"epoch": 2}\n{"epoch": 2}\n', [2]),
-    "no text": (b'{"command": ""}\n{"epoch": 1}\n\xff\n{"epoch": 2}\n', [1]),
+    "no command": (b'{"epoch": 1}\n{"epoch": 2}\n', [1, 2]),
+    "a number and a blank line": (b'{"epoch": 1}\n5\n\n{"epoch": 2}\n', [1, 2]),
+    "twice": (b'{"command": ""}\n{"epoch": 2}\n{"epoch": 2}\n', [2]),
+    "no text": (b'{"command": ""}\n{"epoch": 1}\n\xff\n{"epoch": 2}\n', [1, 2]),
     "half a row": (b'{"command": ""}\n{"epoch": 1}\n{"epoch": 2}\n{"epo', [1, 2]),
 }
 
 
 @pytest.mark.parametrize("content, epochs", LOGS.values(), ids=LOGS)
-def test_a_log_is_read_as_far_as_it_is_whole(tmp_path, content, epochs):
-    assert kd_lt.read_log(tmp_path) == []
+def test_a_log_is_read_without_its_damaged_lines(tmp_path, content, epochs):
+    assert kd_lt.read_log(tmp_path) == ("", [])
     (tmp_path / "log.jsonl").write_bytes(content)
-    assert [row["epoch"] for row in kd_lt.read_log(tmp_path)[1:]] == epochs
+    assert [row["epoch"] for row in kd_lt.read_log(tmp_path)[1]] == epochs
 
 
 def test_a_lost_log_ends_no_resume(failed, tiny, tmp_path):
@@ -3048,7 +3052,7 @@ def test_a_lost_log_ends_no_resume(failed, tiny, tmp_path):
     for _ in range(2):  # the second time resume reads a log that lacks the first epoch
         (folders[0] / "result.json").unlink(missing_ok=True)
         finish(flags(tiny, runs, "--method ce"))
-        assert [row["epoch"] for row in kd_lt.read_log(folders[0])[1:]] == [2]
+        assert [row["epoch"] for row in kd_lt.read_log(folders[0])[1]] == [2]
 
 
 def test_weights_are_read_onto_the_cpu_and_a_refusal_is_no_damage(finished, monkeypatch):
@@ -3066,7 +3070,7 @@ def test_weights_are_read_onto_the_cpu_and_a_refusal_is_no_damage(finished, monk
     kd_lt.load_run(finished[0])
     assert asked == ["cpu"]
     monkeypatch.setattr(torch, "load", denied)
-    with pytest.raises(InputError, match="last.pt: Permission denied$"):
+    with pytest.raises(InputError, match=r"last.pt: cannot be read \(Permission denied\)$"):
         kd_lt.load_run(finished[0])
 
 
@@ -3082,10 +3086,25 @@ def test_a_teacher_that_changed_is_an_error(finished, tiny, tmp_path, changed):
     assert status == 2
 
 
-def test_a_checkpoint_of_another_run_is_refused(finished, tiny, tmp_path):
+def test_a_finished_teacher_with_weights_of_an_earlier_epoch_teaches_nobody(
+    finished, tiny, tmp_path
+):
+    """As in a folder that was copied before the teacher was finished, and completed after."""
+    teacher = shutil.copytree(finished[0], tmp_path / "runs" / finished[0].name)
+    content = torch.load(teacher / "last.pt", weights_only=True)
+    torch.save(content | {"epoch": 1}, teacher / "last.pt")
+    words = "result.json is of epoch 2, but last.pt of epoch 1"
+    assert refused(flags(tiny, teacher.parent, "--method kd"), teacher, words)[0] == 2
+    (teacher / "result.json").unlink()
+    _, out = finish(flags(tiny, teacher.parent, "--method kd"))
+    assert "resumed   after epoch 1 of 2" in out
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_checkpoint_of_another_run_is_refused(finished, tiny, tmp_path, role):
     runs = shutil.copytree(finished[0].parent, tmp_path / "runs")
-    folder = runs / finished[1].name
-    (folder / "result.json").unlink()
+    (runs / finished[1].name / "result.json").unlink()
+    folder = runs / finished[role == "student"].name
     content = torch.load(folder / "last.pt", weights_only=True)
     content["settings"]["lr"] = 0.05
     torch.save(content, folder / "last.pt")
