@@ -5,7 +5,8 @@
     python kd_lt.py --smoke                  the whole way in seconds, on generated images
     python kd_lt.py --method bkd --imb 100   train a teacher, distil the student, report
 
-The file is read from top to bottom:
+KRDistill is our reconstruction: its equations were not accessible. The file is read from top to
+bottom:
 
     1 Losses                 to be copied: they need torch alone
     2 Methods and settings   what distinguishes a method, what decides a run's numbers
@@ -24,11 +25,11 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,35 +39,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
-from models import NETWORKS, Output, ResNet
+from models import NETWORKS, CosineClassifier, Output, ResNet
 
 try:
     import fcntl
 except ImportError:  # Windows: runs work, unlocked
     fcntl = None
 
-VERSION = "3.0.0"
+VERSION = "4.0.0"
 
 # +----------------------------------------------------------------------------------------------+
 # | 1 Losses                                                                                     |
 # |                                                                                              |
-# | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
-# | at least. No gradient reaches a teacher.                                                     |
+# | To copy a loss, copy this whole section; it needs torch, math and Sequence alone.            |
 # |                                                                                              |
-# | To copy a loss, copy Counts, at_least_float32, as_counts and kl_to_target with it; cbd_loss  |
-# | needs at_least_float32 alone. Copy also,                                                     |
-# |     for bkd_loss        effective_number_weights                                             |
-# |     for dive_loss       balanced_softmax_loss                                                |
-# |     for krdistill_loss  balanced_softmax_loss, and for its arguments balanced_prototypes,    |
-# |                         rectify_logits and rectify_features (our reconstruction)             |
-# | Their imports are math, Sequence, torch, F and Tensor.                                       |
+# | B images, C classes, D features, K teachers. Any device and float dtype; computed in float32 |
+# | at least. No gradient reaches a teacher. Each loss returns a scalar, the mean over the batch,|
+# | in float32 or float64. ValueError: shapes that do not agree, even where they would           |
+# | broadcast; class_counts below 1; a temperature or a beta out of range.                       |
 # |                                                                                              |
 # | kd, bkd, dive and krdistill are one family: a loss on the labels, and T^2 times the KL       |
-# | divergence from a target (krdistill, our reconstruction, adds a loss on features). Each      |
-# | shows the logits of its target in one line.                                                  |
+# | divergence from a target, whose logits each shows in one line. krdistill, our                |
+# | reconstruction, adds a loss on features.                                                     |
 # +----------------------------------------------------------------------------------------------+
 
-Counts = Sequence[float] | Tensor  # a number for each class; a NumPy array is taken, too
+Counts = Sequence[float] | Tensor  # one number per class; a NumPy array is taken, too
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -77,44 +74,28 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     """The training images of each class as a float tensor (C,) on the device of the logits (B, C).
 
-    A list, tuple or array is checked: C finite numbers of at least 1. Anything else but a tensor is
-    refused, because its order may not be that of the classes. The values in a tensor are trusted,
-    because to look at them would make the CPU wait for the GPU and break torch.compile: pass a
-    tensor under torch.compile(fullgraph=True).
-
-    The result has the dtype of the logits, or float32 for half precision. A float64 tensor stays
-    float64 if it is on the logits' device; not every device has float64.
+    The values in a tensor are trusted, because to look at them would make the CPU wait for the GPU
+    and break torch.compile. The result has the dtype of the logits, or float32 for half precision.
+    A float64 tensor on the logits' device stays float64; not every device has float64.
     """
-    if logits.ndim != 2:
-        raise ValueError(
-            f"logits (student_logits or teacher_logits) must be (B, C), not {tuple(logits.shape)}"
-        )
-
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(class_counts, Tensor):
         counts = class_counts
         if counts.device == logits.device:
             dtype = torch.promote_types(dtype, counts.dtype)
     else:
-        # The items of a dict, of Counter(labels).values() or of a pandas Series are numbers, too,
-        # but need not be in the order of the classes.
-        is_list = isinstance(class_counts, Sequence) and not isinstance(class_counts, (str, bytes))
-        if not is_list and not hasattr(class_counts, "__array_interface__"):  # of NumPy
+        numbers = [float(n) for n in class_counts]
+        if not all(1 <= n < math.inf for n in numbers):
             raise ValueError(
-                "class_counts must be C numbers in a list, tuple, array or tensor, in the order of "
-                f"the classes, not {class_counts}"
-            )
-        numbers = [float(count) for count in class_counts]
-        if not all(1 <= number < math.inf for number in numbers):
-            raise ValueError(
-                f"class_counts must be numbers of images, at least 1, not {class_counts}"
+                "class_counts must be numbers of images, at least 1 each, in the order of the "
+                f"classes, not {class_counts}"
             )
         counts = torch.tensor(numbers, dtype=dtype)
 
-    if counts.shape != logits.shape[1:]:
+    if logits.ndim != 2 or counts.shape != logits.shape[1:]:
         raise ValueError(
-            f"class_counts has shape {tuple(counts.shape)}, but logits (student_logits or "
-            f"teacher_logits) of shape {tuple(logits.shape)} have {logits.shape[1]} classes"
+            "logits and class_counts must be (B, C) and (C,), not "
+            f"{tuple(logits.shape)} and {tuple(counts.shape)}"
         )
     return counts.to(logits.device, dtype)
 
@@ -131,8 +112,8 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
     """
     if student_logits.ndim != 2 or student_logits.shape != target_logits.shape:
         raise ValueError(
-            "student_logits and the target (teacher_logits or rectified_logits) must both be "
-            f"(B, C), not {tuple(student_logits.shape)} and {tuple(target_logits.shape)}"
+            "student_logits and target_logits must both be (B, C), not "
+            f"{tuple(student_logits.shape)} and {tuple(target_logits.shape)}"
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
@@ -162,8 +143,6 @@ def kd_loss(
     student_logits    z, (B, C) float
     teacher_logits    z_teacher, (B, C) float; receives no gradient
     targets           y, (B,) int64
-    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
-    that are not (B, C), and for a temperature that is not positive and finite.
     """
     target_logits = teacher_logits
 
@@ -182,14 +161,12 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
 
     class_counts      n, (C,), each at least 1
     Returns (C,) of mean 1, in float64 if class_counts is a tensor or an array of that dtype, else
-    in float32. Raises ValueError for class_counts of another shape, for a count below 1 that is not
-    in a tensor (see as_counts) and for a beta outside [0, 1).
+    in float32.
     """
     counts = torch.as_tensor(class_counts)
-    if counts.ndim != 1:
-        raise ValueError(f"class_counts must be (C,), not {tuple(counts.shape)}")
-    if not isinstance(class_counts, Tensor) and not (counts >= 1).all():  # see as_counts
-        raise ValueError(f"class_counts must be at least 1, not {class_counts}")
+    is_trusted = isinstance(class_counts, Tensor)  # see as_counts
+    if counts.ndim != 1 or not (is_trusted or (counts >= 1).all()):
+        raise ValueError(f"class_counts must be (C,), at least 1 each, not {class_counts}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must lie in [0, 1), not {beta}")
 
@@ -220,9 +197,6 @@ def bkd_loss(
     teacher_logits    z_teacher, (B, C) float; receives no gradient
     targets           y, (B,) int64
     class_counts      training images of each class, (C,), each at least 1
-    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for a shape
-    that would broadcast, counts that as_counts refuses, a temperature that is not positive and
-    finite, and a beta outside [0, 1).
     """
     counts = as_counts(class_counts, teacher_logits)
     teacher = at_least_float32(teacher_logits)
@@ -252,18 +226,12 @@ def cbd_loss(
 
     student_logits    z, (B, C) float, 20 times the cosines of s and the class vectors
     student_features  s, (B, D_1 + ... + D_K) float: as wide as all teachers together
-    teacher_features  a list of K tensors (B, D_k) float; they receive no gradient
+    teacher_features  a list of K tensors (B, D_k) float, also for K = 1; they receive no gradient
     targets           y, (B,) int64
-    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
-    that are not (B, C), a bare tensor as teacher_features, and shapes that do not agree.
     """
-    if student_logits.ndim != 2:
-        raise ValueError(f"student_logits must be (B, C), not {tuple(student_logits.shape)}")
-    if isinstance(teacher_features, Tensor):
-        raise ValueError("teacher_features must be a list of tensors, one for each teacher")
     unit_features = [F.normalize(at_least_float32(f.detach()), dim=1) for f in teacher_features]
     t = torch.cat(unit_features, dim=1)
-    if student_features.shape != t.shape or t.shape[:-1] != student_logits.shape[:1]:
+    if student_features.shape != t.shape or t.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             f"student_features has shape {tuple(student_features.shape)}, teacher_features side by "
             f"side {tuple(t.shape)}, student_logits {tuple(student_logits.shape)}"
@@ -284,8 +252,6 @@ def balanced_softmax_loss(logits: Tensor, targets: Tensor, class_counts: Counts)
     logits            z, (B, C) float
     targets           y, (B,) int64
     class_counts      n, training images of each class, (C,), each at least 1
-    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for logits
-    that are not (B, C) and for class_counts that are not C numbers of at least 1.
     """
     counts = as_counts(class_counts, logits)
     z = at_least_float32(logits)
@@ -315,8 +281,6 @@ def dive_loss(
     teacher_logits    z_teacher, (B, C) float; receives no gradient
     targets           y, (B,) int64
     class_counts      training images of each class, (C,), each at least 1
-    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError as kd_loss
-    and balanced_softmax_loss do.
     """
     target_logits = power * at_least_float32(teacher_logits)
 
@@ -325,8 +289,8 @@ def dive_loss(
 
 
 # KRDistill, OUR RECONSTRUCTION: of the paper (arXiv 2409.07694) only the abstract and a short
-# summary could be had. They say that the teacher's imbalance is mended in its representation,
-# by balanced category priors, and in its predictions; the equations are ours. The order in which
+# summary were accessible. They say that the teacher's imbalance is mended in its representation,
+# by balanced category priors, and in its predictions. The equations are ours. The order in which
 # the four functions are used:
 #
 #     class_means = ...       # once, (C, D): the teacher's mean features of each class, on training
@@ -341,19 +305,18 @@ def dive_loss(
 
 
 def balanced_prototypes(class_means: Tensor) -> Tensor:
-    """A place for each class, such that no direction and no class is favoured.
+    """A place for each class: the teacher's class means, with all directions made equally long.
 
         M_c = m_c - mean_j m_j,    M = U S V^T (thin),    P = U V^T, its rows scaled to length 1
 
     A long-tailed teacher spends long directions on head classes and short ones on the tail. S
-    holds those lengths: dropping S makes all directions equally long, and keeps the classes as
-    near to the teacher's own arrangement as that allows. Where the M_c span C - 1 dimensions, every
-    two prototypes have the cosine -1 / (C - 1). For D < C - 1, as with 64 features on CIFAR-100,
-    all singular values of U V^T are 1; those of P, whose rows are scaled, are only nearly equal.
+    holds those lengths, and is dropped. The classes stay as near to the teacher's own arrangement
+    as that allows. Where the M_c span C - 1 dimensions, every two prototypes have the cosine
+    -1 / (C - 1). For D < C - 1, as with 64 features on CIFAR-100, some pairs stay nearer than
+    others, and scaling the rows makes the directions only nearly equal.
 
     class_means       m, (C, D) float, C >= 2
-    Returns (C, D), on the device of class_means, in float32 or float64. Raises ValueError for
-    another shape. Our reconstruction of the abstract's "balanced category priors".
+    Returns (C, D), on the device of class_means, in float32 or float64.
     """
     if class_means.ndim != 2 or len(class_means) < 2:
         raise ValueError(f"class_means must be (C, D) with C >= 2, not {tuple(class_means.shape)}")
@@ -376,27 +339,23 @@ def rectify_features(
     a is one length for all classes: the teacher's own average.
 
     teacher_features  h, (B, D) float
-    targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
+    targets           y, (B,) integers, each 0 .. C-1; the -100 that CE skips is not allowed
     class_means       m, (C, D) float
     prototypes        P, (C, D) float, of balanced_prototypes(class_means)
-    Returns g, (B, D), rows of length 1, in float32 or float64. Raises ValueError for shapes that do
-    not agree. Our reconstruction.
+    Returns g, (B, D), rows of length 1, in float32 or float64.
     """
-    if teacher_features.shape != targets.shape + prototypes.shape[1:]:
+    shape = targets.shape + prototypes.shape[1:]
+    if teacher_features.shape != shape or class_means.shape != prototypes.shape:
         raise ValueError(
-            "teacher_features, targets and prototypes must be (B, D), (B,) and (C, D), not "
-            f"{tuple(teacher_features.shape)}, {tuple(targets.shape)}, {tuple(prototypes.shape)}"
-        )
-    if class_means.shape != prototypes.shape:
-        raise ValueError(
-            f"class_means and prototypes must both be (C, D), not {tuple(class_means.shape)} and "
-            f"{tuple(prototypes.shape)}"
+            "teacher_features, targets, class_means and prototypes must be (B, D), (B,), (C, D) "
+            f"and (C, D), not {tuple(teacher_features.shape)}, {tuple(targets.shape)}, "
+            f"{tuple(class_means.shape)} and {tuple(prototypes.shape)}"
         )
 
     means = at_least_float32(class_means)
     a = (means - means.mean(0)).norm(dim=1).mean()
     shift = a * prototypes - means
-    return F.normalize(at_least_float32(teacher_features) + shift[targets], dim=1)
+    return F.normalize(at_least_float32(teacher_features) + shift[targets.long()], dim=1)
 
 
 def rectify_logits(teacher_logits: Tensor, targets: Tensor, class_counts: Counts) -> Tensor:
@@ -410,15 +369,14 @@ def rectify_logits(teacher_logits: Tensor, targets: Tensor, class_counts: Counts
     subtracts log pi.
 
     teacher_logits    z_teacher, (B, C) float
-    targets           y, (B,) int64, each 0 .. C-1; the -100 that CE skips is not allowed
+    targets           y, (B,) integers, each 0 .. C-1; the -100 that CE skips is not allowed
     class_counts      n, training images of each class, (C,), each at least 1
-    Returns r, (B, C), in float32 or float64. Raises ValueError for teacher_logits that are not
-    (B, C) and for class_counts that are not C numbers of at least 1. Our reconstruction.
+    Returns r, (B, C), in float32 or float64.
     """
     counts = as_counts(class_counts, teacher_logits)
     z = at_least_float32(teacher_logits)
     z = z - (counts / counts.sum()).log().to(z.dtype)
-    true = targets[:, None]
+    true = targets.long()[:, None]
     top = z.argmax(dim=1, keepdim=True)
     return z.scatter(1, top, z.gather(1, true)).scatter(1, true, z.gather(1, top))
 
@@ -450,11 +408,9 @@ def krdistill_loss(
     rectified_features  g, (B, D) float, of rectify_features; receives no gradient
     targets             y, (B,) int64
     class_counts        training images of each class, (C,), each at least 1
-    Returns a scalar, the mean over the batch, in float32 or float64. Raises ValueError for shapes
-    that do not agree, and for a temperature that is not positive and finite.
     """
     shape = student_features.shape
-    if shape != rectified_features.shape or shape[:-1] != student_logits.shape[:1]:
+    if shape != rectified_features.shape or shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             f"student_features has shape {tuple(shape)}, rectified_features "
             f"{tuple(rectified_features.shape)}, student_logits {tuple(student_logits.shape)}"
@@ -471,9 +427,9 @@ def krdistill_loss(
 # +----------------------------------------------------------------------------------------------+
 # | 2 Methods and settings                                                                       |
 # |                                                                                              |
-# | A new method is a loss in section 1, an entry in METHODS, a case in Trainer.loss, and a flag |
-# | in parse_flags for each hyperparameter that has none yet. The names in hyper are those of    |
-# | the loss's arguments (but for bkd_start, which start_epoch reads).                           |
+# | A new method is a loss in section 1, an entry in METHODS, and a case in Trainer.loss. The    |
+# | names of its hyperparameters are those of the loss's arguments (but for bkd_start, which     |
+# | start_epoch reads). One that no other method has gets a line in HYPER, which makes its flag. |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -481,59 +437,71 @@ def krdistill_loss(
 class Method:
     """What distinguishes a method, besides its loss."""
 
-    about: str  # one sentence, for --help
+    label: str  # its name in all that is printed
+    summary: str  # one sentence, for --help
     hyper: dict[str, float] = field(default_factory=dict)  # its hyperparameters and their defaults
-    highest: dict[str, float] = field(default_factory=dict)  # upper limits, of those that have one
-    teacher: str = ""  # the method that trains its teacher by default; "": it has no teacher
+    highest: dict[str, float] = field(default_factory=dict)  # limits tighter than those in HYPER
+    teacher_method: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher: "linear" or "cosine"
-    # What makes the features of student and teacher equally wide, where a loss compares them.
-    # "features": a layer before the student's classifier. "class means": a linear map beside it;
-    # the mean of the teacher's features over each class is computed, too.
-    uses: str = ""
-    many_teachers: bool = False  # whether --num-teachers may ask for several
+    # Where a loss compares features, one of these two makes them equally wide.
+    joins_teachers: bool = False  # a layer before the student's classifier; several teachers may be
+    has_adapter: bool = False  # a linear map beside the classifier; class means are computed, too
     learns_prior: bool = True  # whether its logits hold log pi, which rectify_logits subtracts
 
 
 METHODS = {
-    "ce": Method("cross-entropy on the images alone"),
-    "bsce": Method("balanced softmax on the images alone", learns_prior=False),
+    "ce": Method("ce", "cross-entropy on the images alone"),
+    "bsce": Method("bsce", "balanced softmax on the images alone", learns_prior=False),
     "kd": Method(
+        "kd",
         "vanilla distillation: imitate the softened teacher",
         hyper={"temperature": 2.0, "alpha": 1.0},
-        teacher="ce",
+        teacher_method="ce",
     ),
     "bkd": Method(
+        "bkd",
         "balanced distillation: rare classes weigh more in the teacher's answer",
         hyper={"temperature": 2.0, "alpha": 1.0, "beta": 0.9999, "bkd_start": 0.0},
         highest={"beta": 0.9999999},
-        teacher="ce",
+        teacher_method="ce",
     ),
     "cbd": Method(
+        "cbd",
         "class-balanced distillation: imitate features, draw all classes equally often",
         hyper={"alpha": 0.4, "beta": 100.0},
         highest={"alpha": 1.0},
-        teacher="ce",
+        teacher_method="ce",
         sampler="class",
         head="cosine",
-        uses="features",
-        many_teachers=True,
+        joins_teachers=True,
         learns_prior=False,
     ),
     "dive": Method(
+        "dive",
         "virtual examples: balanced softmax, and imitate a flattened teacher",
         hyper={"temperature": 2.0, "alpha": 0.5, "power": 0.5},
         highest={"alpha": 1.0},
-        teacher="bsce",
+        teacher_method="bsce",
         learns_prior=False,
     ),
     "krdistill": Method(
+        "krdistill (reconstruction)",
         "rectified distillation (our reconstruction): imitate a balanced teacher",
         hyper={"temperature": 2.0, "alpha": 1.0, "gamma": 2.0},
-        teacher="ce",
-        uses="class means",
+        teacher_method="ce",
+        has_adapter=True,
         learns_prior=False,
     ),
+}
+
+HYPER = {  # of each hyperparameter: the lowest value, the highest, and the help of its flag
+    "temperature": (1e-3, 100, "softens the probabilities that are compared"),
+    "alpha": (0, 1e9, "weight of distillation; krdistill: of its logits' part"),
+    "beta": (0, 1e9, "bkd: base of the effective numbers; cbd: weight of features"),
+    "gamma": (0, 1e9, "krdistill: weight of the features' part"),
+    "power": (0, 1e9, "dive: flattens the teacher"),
+    "bkd_start": (0, 1, "bkd: share of the epochs before it starts; on cifar10 0.8"),
 }
 
 
@@ -548,11 +516,6 @@ def default_hyper(method: str, dataset: str) -> dict[str, float]:
     return hyper
 
 
-def printed_name(method: str) -> str:
-    """The method's name in all that is printed, where krdistill is called a reconstruction."""
-    return "krdistill (reconstruction)" if method == "krdistill" else method
-
-
 @dataclass(frozen=True)
 class Config:
     """What decides a run's numbers, besides the device and its number of threads."""
@@ -564,18 +527,20 @@ class Config:
     hyper: dict[str, float]  # the method's hyperparameters, as default_hyper
     network: str  # a key of models.NETWORKS
     head: str  # its classifier: "linear" or "cosine"
-    # Of each teacher: network, method, head, colour and seed, as in its own Config. One that
-    # --teacher-checkpoint gives has "checkpoint", a digest of its file, instead of seed.
-    teachers: list[dict]
+    teachers: list["Config"]
     seed: int  # of weights, batches and augmentation
     precision: str  # "fp32" or "bf16"
-    imb_type: str = "exp"  # how the classes shrink: "exp" or "step"
-    subset_seed: int = 0  # which images are kept; 0: the published ones
+    flip: bool = True  # whether half of the training images are mirrored, at random
     epochs: int = 200
     batch_size: int = 128
     lr: float = 0.1  # the highest learning rate
     weight_decay: float = 2e-4  # on all parameters
-    colour: bool = False  # whether the images' colours are distorted, as SimCLR does
+
+
+def teacher_config(student: Config, network: str, method: str, seed: int) -> Config:
+    """A teacher with the student's data, recipe and classifier, and its method's defaults."""
+    hyper = default_hyper(method, student.dataset)
+    return replace(student, network=network, method=method, hyper=hyper, teachers=[], seed=seed)
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -588,10 +553,6 @@ class Config:
 
 class DivergedError(Exception):
     """The loss or the weights are not finite any more."""
-
-
-class CaptureError(Exception):
-    """A step could not be recorded as a CUDA graph."""
 
 
 def learning_rate(epoch: int, epochs: int, highest: float) -> float:
@@ -619,28 +580,29 @@ class Trainer:
         method = METHODS[config.method]
         self.config = config
         self.device = device
-        # The loss's own arguments. bkd_start is none of them: start_epoch acts on it.
+        # The loss's own arguments. bkd_start is none of them: start_epoch reads it.
         self.hyper = {key: value for key, value in config.hyper.items() if key != "bkd_start"}
 
-        # The student, and for krdistill (our reconstruction) the map from its features to the
-        # teacher's. The weights are drawn on the CPU, so that a seed starts alike on every device.
+        # The student, and the map from its features to the teacher's where the method has one. The
+        # weights are drawn on the CPU, so that a seed starts alike on every device.
         teacher_width = sum(teacher.num_features for teacher in teachers)  # of all, side by side
         self.network_arguments = {
             "name": config.network,
             "num_classes": len(data.class_counts),
             "head": config.head,
-            "projection": teacher_width if method.uses == "features" else 0,
+            "projection": teacher_width if method.joins_teachers else 0,
         }
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.student = ResNet(**self.network_arguments)
             self.adapter = nn.Identity()
-            if method.uses == "class means":
+            if method.has_adapter:
                 self.adapter = nn.Linear(self.student.num_features, teacher_width)
+        is_cosine = any(isinstance(module, CosineClassifier) for module in self.student.modules())
+        assert is_cosine == (config.head == "cosine"), f"{config.network} has no {config.head} head"
 
         # The teachers, frozen. Their convolutions are cast once; autocast would cast them in every
         # step.
-        self.teacher_digests = [weights_digest(teacher) for teacher in teachers]
         self.teachers = nn.ModuleList(teachers).eval().requires_grad_(False)
         for module in self.teachers.modules():
             if isinstance(module, nn.Conv2d) and config.precision == "bf16":
@@ -666,7 +628,7 @@ class Trainer:
             self.optimizer.state[weight]["momentum_buffer"] = buffer
 
         # The batches, and what the losses need of the data. bkd_counts are what bkd_loss gets:
-        # start_epoch puts the class counts there once BKD is to act.
+        # start_epoch puts the class counts there once BKD has started.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.batches = Batches(
             data.train_images,
@@ -674,16 +636,16 @@ class Trainer:
             config.batch_size,
             device,
             method.sampler,
-            config.colour,
+            config.flip,
         )
         self.class_counts = torch.tensor(data.class_counts, dtype=torch.float64, device=device)
         self.equal_counts = torch.ones_like(self.class_counts)
         self.bkd_counts = self.equal_counts.clone()
-        if method.uses == "class means":  # of the only teacher
-            self.class_means = class_means(teachers[0], data, device, config.precision)
+        if method.has_adapter:
+            self.class_means = mean_features(teachers[0], data, device, config.precision)
             self.prototypes = balanced_prototypes(self.class_means)
             # Where the teacher learned no prior, equal counts leave its logits as they are.
-            learns_prior = METHODS[config.teachers[0]["method"]].learns_prior
+            learns_prior = METHODS[config.teachers[0].method].learns_prior
             self.prior_counts = self.class_counts if learns_prior else self.equal_counts
 
         # Sums over the images of an epoch, which stay on the device until the epoch is over. A
@@ -721,8 +683,8 @@ class Trainer:
         if self.config.method == "bkd":
             # Equal counts give equal weights: until it starts, BKD is KD. Shares are compared, not
             # epochs, because 0.55 * 100 is more than 55 in floating point.
-            acts = epoch / self.config.epochs >= self.config.hyper["bkd_start"]
-            self.bkd_counts.copy_(self.class_counts if acts else self.equal_counts)
+            has_started = epoch / self.config.epochs >= self.config.hyper["bkd_start"]
+            self.bkd_counts.copy_(self.class_counts if has_started else self.equal_counts)
         self.student.train()
         self.batches.shuffle(self.generator)
         self.loss_sum.zero_()
@@ -799,9 +761,8 @@ class Trainer:
 
         Warm up, record, restore, return. The steps train on whatever the batches hold; then the
         state is restored, and start_epoch, which has to follow, sets all the rest. Raises
-        CaptureError where torch cannot record the step, for example because its loss calls .item()
-        or branches on a tensor, for which the CPU has to wait for the GPU. After that the process
-        has to end: the trainer's state and torch's stream are not restored.
+        RuntimeError where torch cannot record the step, for example because its loss calls .item()
+        or branches on a tensor, for which the CPU has to wait for the GPU.
         """
         saved = copy.deepcopy(self.state_dict())
         self.student.train()  # the graph keeps the mode that it was recorded in
@@ -823,92 +784,63 @@ class Trainer:
             for size, graph in graphs.items():
                 with torch.cuda.graph(graph, pool, stream):
                     self.step(size)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            first = error  # torch raises others after it; the first one holds the reason
-            while isinstance(first.__context__, RuntimeError):
-                first = first.__context__
-            reason = str(first).split("\n")[0]
-            raise CaptureError(
-                f"the training step cannot be recorded as a CUDA graph: {reason}, in "
-                f"{last_line_outside_torch(first)}. With --eager it runs without one, more slowly"
+            raise RuntimeError(
+                "the training step cannot be recorded as a CUDA graph; --eager trains without one"
             ) from error
 
         self.load_state_dict(saved)
         return lambda size: graphs[size].replay()
 
 
-def last_line_outside_torch(error: BaseException) -> str:
-    """The file and line that raised an error, or that called torch, where torch raised it."""
-    own_torch = str(Path(torch.__file__).parent) + os.sep
-    lines = traceback.extract_tb(error.__traceback__)
-    outside = [line for line in lines if not line.filename.startswith(own_torch)]
-    last = (outside or lines)[-1]
-    return f"{last.filename}, line {last.lineno}"
-
-
-@dataclass
-class Progress:
-    """What has been done for a run, over all the times that it was stopped and continued."""
-
-    epochs: int  # finished ones
-    seconds: float
-    devices: list[str]  # each once, in the order of their use
-    versions: list[str]  # of this program, likewise
-
-
 def train(
     trainer: Trainer,
     data: Dataset,
     folder: Path,
-    progress: Progress,
+    log: list[dict],
     eval_every: int,
     eager: bool = False,
-) -> dict:
-    """Train from the epoch after progress to the last one; returns the last test's scores.
+    epochs_after: int = 0,
+) -> None:
+    """Train from the epoch after the log's last one to the end; each adds a row and is saved.
 
-    Each epoch adds a row to folder/log.jsonl, then replaces folder/last.pt. Raises DivergedError
-    and CaptureError.
+    The last epoch's row holds all that evaluate returns. epochs_after are those of the networks
+    that the command trains afterwards; the time that is left includes them.
     """
     config = trainer.config
     step = trainer.step if eager or trainer.device.type != "cuda" else trainer.capture()
     data = data._replace(test_images=data.test_images.to(trainer.device))
-    scores = None
-    epochs_before, seconds_before = progress.epochs, progress.seconds
+    first = len(log) - 1  # log[0] says what the run is
     started = time.perf_counter()
 
     print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
-    for epoch in range(epochs_before, config.epochs):
-        row = train_epoch(trainer, step, epoch)
-        check_finite(trainer, row, folder)
-
+    for epoch in range(first, config.epochs):
+        row = train_epoch(trainer, step, epoch, is_first=epoch == first)
         is_last = epoch + 1 == config.epochs
+        check_finite(row, trainer.weights if is_last else [])
+
         if is_last or (epoch + 1) % eval_every == 0:
             scores = evaluate(trainer.student, data, trainer.device, config.precision)
-            row |= {key: scores[key] for key in ("top1", *GROUPS)}
+            row |= scores if is_last else {key: scores[key] for key in ("top1", *GROUPS)}
 
-        seconds = time.perf_counter() - started
-        left = seconds / (epoch + 1 - epochs_before) * (config.epochs - epoch - 1)
-        print_epoch(row, config.epochs, left)
-
-        progress.epochs = epoch + 1
-        progress.seconds = seconds_before + seconds
-        add_to_log(folder, row)
-        save(trainer, folder, progress)
-
-    if scores is None:  # it had been stopped after its last epoch
-        scores = evaluate(trainer.student, data, trainer.device, config.precision)
-    progress.seconds = seconds_before + time.perf_counter() - started
-    return scores
+        pace = (time.perf_counter() - started) / (epoch + 1 - first)
+        print_epoch(row, config.epochs, pace * (config.epochs - epoch - 1 + epochs_after))
+        log.append(row)
+        save(trainer, folder, log)
 
 
-def train_epoch(trainer: Trainer, step: Callable[[int], None], epoch: int) -> dict:
+def train_epoch(
+    trainer: Trainer, step: Callable[[int], None], epoch: int, is_first: bool = False
+) -> dict:
     """Every step of one epoch; returns its row of the log."""
     began = time.perf_counter()
     sizes = trainer.batches.sizes
     trainer.start_epoch(epoch)
     for done, size in enumerate(sizes, start=1):
         step(size)
-        print_progress(done, len(sizes), trainer.config.batch_size, began)
+        print_progress(done, len(sizes), trainer.config.batch_size, began, is_first)
 
     count = sum(sizes)
     loss = trainer.loss_sum.item() / count  # .item() waits until the device is done
@@ -921,24 +853,24 @@ def train_epoch(trainer: Trainer, step: Callable[[int], None], epoch: int) -> di
     }
 
 
-def check_finite(trainer: Trainer, row: dict, folder: Path) -> None:
-    """Raise DivergedError where the epoch's loss, or a weight after it, is not finite."""
-    finite = torch.stack([weight.isfinite().all() for weight in trainer.weights]).all()
-    if math.isfinite(row["loss"]) and finite:
-        return
-    raise DivergedError(
-        f"epoch {row['epoch']} ended with a loss of {row['loss']:g} and weights that are "
-        f"{'' if finite else 'not '}finite: try a smaller --lr. The epoch before is kept in "
-        f"{folder}, if there was one"
-    )
+def check_finite(row: dict, weights: list[Tensor]) -> None:
+    """Raise DivergedError for an epoch whose loss, or a weight after it, is not finite."""
+    if not math.isfinite(row["loss"]) or not all(weight.isfinite().all() for weight in weights):
+        raise DivergedError(
+            f"epoch {row['epoch']} ended with a loss of {row['loss']:g} or weights that are not "
+            "finite: try a smaller --lr"
+        )
 
 
-def print_progress(done: int, total: int, batch_size: int, began: float) -> None:
-    """On a terminal, and in an epoch of more than a second, show the steps in place."""
+def print_progress(done: int, total: int, batch_size: int, began: float, is_first: bool) -> None:
+    """On a terminal, show each step in place; in a file, the tenth step of the first epoch."""
     seconds = time.perf_counter() - began
-    if seconds > 1 and sys.stdout.isatty():
-        speed = done * batch_size / seconds
-        print(f"\r\033[K      step {done} of {total}, {speed:.0f} images/s", end="", flush=True)
+    text = f"      step {done} of {total}, {done * batch_size / seconds:.0f} images/s"
+    if sys.stdout.isatty():
+        if seconds > 1:
+            print(f"\r\033[K{text}", end="", flush=True)
+    elif is_first and done == min(10, total):
+        print(text, flush=True)
 
 
 def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
@@ -955,7 +887,7 @@ def print_epoch(row: dict, epochs: int, seconds_left: float) -> None:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 12 s, 34 min, 5.6 h."""
+    """As people write it: 12 s, 34 min, 5.6 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 2 * 3600:
@@ -982,10 +914,10 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 @torch.no_grad()
 def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
     """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
-    pixels_a_part = 2_048_000 if device.type == "cuda" else 256_000
+    pixels_per_part = 2_048_000 if device.type == "cuda" else 256_000
     model.eval()
     outputs = []
-    for part in images.split(pixels_a_part // images.shape[-1] ** 2):
+    for part in images.split(pixels_per_part // images.shape[-1] ** 2):
         with mixed_precision(device, precision):
             outputs.append(model(normalise(part.to(device))))
     logits, features = zip(*outputs, strict=True)
@@ -1026,7 +958,7 @@ def mean(values) -> float | None:
     return statistics.fmean(present) if present else None
 
 
-def class_means(model: ResNet, data: Dataset, device: torch.device, precision: str) -> Tensor:
+def mean_features(model: ResNet, data: Dataset, device: torch.device, precision: str) -> Tensor:
     """The mean features of each class over its training images, not augmented: (C, D) float32."""
     features = predict(model, data.train_images, device, precision).features.double()
     sums = features.new_zeros(len(data.class_counts), features.shape[1])
@@ -1036,7 +968,8 @@ def class_means(model: ResNet, data: Dataset, device: torch.device, precision: s
 
 def machine(device: torch.device) -> str:
     """The device and the torch version, as run folders and reports show them."""
-    name = f"CPU with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"CPU with {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}"
@@ -1045,9 +978,10 @@ def machine(device: torch.device) -> str:
 # +----------------------------------------------------------------------------------------------+
 # | 5 Run folders                                                                                |
 # |                                                                                              |
-# | A run is a folder: config.json (settings, command), log.jsonl (the command, then a line an   |
-# | epoch), last.pt (weights, and all that resuming needs), result.json (once it is finished).   |
-# | Its name ends in a digest of its Config, so that two different runs never share a folder.    |
+# | A run is a folder: last.pt (weights, log, and all that resuming needs), log.jsonl (the log,  |
+# | for people), result.json (once it is finished). The log is a list of rows. The first, its    |
+# | head, has the settings, the command, the version and the device; each other is an epoch.     |
+# | The folder's name ends in a digest of the Config, so that two runs never share a folder.     |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -1055,350 +989,208 @@ class FolderBusyError(Exception):
     """Another process writes the run's folder."""
 
 
-def differs_from_default(config: Config) -> dict:
-    """What a reader has to be told of a run's settings: those that are not the default ones.
-
-    The order of the keys is part of run_name: keep it.
-    """
-    method = METHODS[config.method]
-    defaults = {
-        "batch_size": Config.batch_size,
-        "lr": Config.lr,
-        "weight_decay": Config.weight_decay,
-        "imb_type": Config.imb_type,
-        "subset_seed": Config.subset_seed,
-        "colour": Config.colour,
-        "head": method.head,
-        **default_hyper(config.method, config.dataset),
-    }
-    values = asdict(config) | config.hyper
-    return {
-        key: values[key]
-        for key, default in defaults.items()
-        if key in values and values[key] != default  # a run older than a hyperparameter lacks it
-    }
+def config_digest(config: Config) -> str:
+    """8 hex digits of all settings, those of the teachers included."""
+    settings = json.dumps(asdict(config), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
 def run_name(config: Config) -> str:
-    """The name of the run's folder: readable, and ending in a digest of the whole Config."""
-    # A file system counts the bytes of a name, of which a letter can have several.
-    dataset = Path(config.dataset).stem.encode()[:40].decode(errors="ignore")
-    parts = [dataset, f"imb{config.imb:g}", config.method, config.network]
+    """The name of the run's folder, for people; the digest at its end tells runs apart."""
+    dataset = Path(config.dataset).stem[:20]
+    words = [dataset, imbalance(config), row_name(config)[:100], config.network]
+    words += [f"e{config.epochs}", f"s{config.seed}", config_digest(config)]
+    return re.sub(r"[^\w.]+", "-", " ".join(words))
 
-    if config.teachers:
-        kinds = dict.fromkeys(f"{t['network']}-{t['method']}" for t in config.teachers)
-        parts += ["from", "+".join(kinds)]
-    if len(config.teachers) > 1:
-        parts.append(f"x{len(config.teachers)}")
-    # Many given teachers would make the name longer than a file system allows. Where there are
-    # several, the digest at the end of the name alone says which they are.
-    given = [t["checkpoint"] for t in config.teachers if "checkpoint" in t]
-    if len(given) == 1:
-        parts.append(f"given-{given[0]}")
-    parts += [f"{key}{value}" for key, value in differs_from_default(config).items()]
 
-    settings = json.dumps(asdict(config), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    parts += [f"e{config.epochs}", f"s{config.seed}", digest]
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(parts))
+def is_finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
 
 
 @contextlib.contextmanager
 def lock(folder: Path, wait: bool) -> Iterator[None]:
     """Make the folder, and lock it until the block or the process ends.
 
-    Where another process holds it: wait for that one, or raise FolderBusyError. Raises InputError
-    where the file system cannot lock.
+    Where another process holds it: wait for that one, or raise FolderBusyError. The folder of a
+    finished run is not written any more: it needs no lock, and may be read-only.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or is_finished(folder):
+        yield
+        return
     with open(folder / ".lock", "a") as file:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             busy = f"{folder} is being written by another process"
             if not wait:
                 raise FolderBusyError(f"{busy}: wait for it, or use another --runs-dir") from None
             print(f"kd_lt.py: {busy}, waiting", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # for example of a network file system
-            raise InputError(
-                f"{folder}: its file system cannot lock ({error.strerror}); use another --runs-dir"
-            ) from None
         yield
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+def as_config(settings: dict) -> Config:
+    """The Config of which asdict made the settings."""
+    return Config(**settings | {"teachers": [as_config(each) for each in settings["teachers"]]})
 
 
-# The keys that read demands of a last.pt, to rebuild its network or to resume its run, and of a
-# result.json. All have "settings", too.
-TO_LOAD = ("network", "student", "epoch", "versions")
-TO_RESUME = (*TO_LOAD, "teachers", "adapter", "momentum", "generator", "seconds", "devices")
-TO_REPORT = ("version", "devices", "teachers", "top1", *GROUPS, "per_class", "class_counts")
+def read(path: Path) -> dict:
+    """A run's last.pt or result.json, with its Config as "config".
 
-
-def read(path: str | Path, needed: tuple[str, ...]) -> dict:
-    """A run's last.pt or result.json, and its Config as "config", its path as "file".
-
-    Everything that reads them goes through here. No code from the file is run. Raises InputError
-    for a file that cannot be read, is none of this program's, is damaged, or lacks a needed key.
+    No code from the file is run. Raises InputError for a file that is missing or damaged.
     """
-    path = Path(path)
-    if path.is_dir():
-        path /= "last.pt"
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        config = Config(**content["settings"])
-        is_ours = config.method in METHODS and config.network in NETWORKS
-        if not is_ours or not content.keys() >= set(needed):
-            raise KeyError  # refused below
+        return content | {"config": as_config(content["settings"])}
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; the run is not finished, is no run, or came without its weights"
         ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception:  # of a damaged or foreign file torch.load and json raise a dozen types
-        raise InputError(
-            f"{path}: damaged, of another program or version, or without what is needed here "
-            "(weights are in last.pt). To train a run anew, move its whole folder away"
-        ) from None
-    return content | {"config": config, "file": path}
+    except Exception as error:  # of a damaged file torch.load and json raise a dozen types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path}: damaged, or of another version ({reason})") from None
 
 
-def read_checkpoint(folder: Path, config: Config, needed: tuple[str, ...]) -> dict:
-    """The last.pt of a run's folder, as read. Raises InputError, too, where it is another run's."""
-    content = read(folder / "last.pt", needed)
-    if content["config"] != config:
-        raise InputError(
-            f"{content['file']}: it is of another run, {run_name(content['config'])}. Put the "
-            "right one back, or move this run's whole folder away to train it anew"
-        )
-    return content
-
-
-def read_log(folder: Path) -> tuple[str, list[dict]]:
-    """The command and the rows of log.jsonl, epochs in order; damaged lines are left out.
-
-    Raises OSError where it is there and cannot be read.
-    """
-    command, rows = "", []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # of a damaged line
-                row = json.loads(line)
-                if "command" in row:
-                    command = row["command"]
-                elif row["epoch"] > (rows[-1]["epoch"] if rows else 0):
-                    rows.append(row)
-    return command, rows
-
-
-def add_to_log(folder: Path, row: dict) -> None:
-    """Append a row to log.jsonl; resume cuts a line that is half written."""
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_run(path: str | Path, device: str | torch.device = "cpu") -> ResNet:
-    """The network of a run folder or its last.pt, finished or not, in eval mode.
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> ResNet:
+    """The network of a run folder, finished or not, in eval mode.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
     Raises InputError.
     """
-    content = read(path, TO_LOAD)
-    with torch.random.fork_rng(devices=[]):
+    content = read(Path(folder, "last.pt"))
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         model = ResNet(**content["network"])
     model.load_state_dict(content["student"])
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """16 hex digits of a network's weights and running statistics, without the batch counters."""
-    sha256 = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            sha256.update(tensor.float().cpu().numpy().tobytes())
-    return sha256.hexdigest()[:16]
+def save(trainer: Trainer, folder: Path, log: list[dict]) -> None:
+    """Write log.jsonl, then last.pt, as plain tensors and numbers.
 
-
-def save(trainer: Trainer, folder: Path, progress: Progress) -> None:
-    """Write folder/last.pt: all that the next epoch depends on, as plain tensors and numbers."""
-    content = {
-        "settings": asdict(trainer.config),
-        "network": trainer.network_arguments,
-        "teachers": trainer.teacher_digests,  # of their weights; settings say which they are
-        "epoch": progress.epochs,
-        "seconds": progress.seconds,
-        "devices": progress.devices,
-        "versions": progress.versions,
-        **trainer.state_dict(),
-    }
-    # First into memory: on a full disk write_whole fails, and keeps the file of the epoch before.
-    buffer = io.BytesIO()
+    A process that is killed between the two leaves an epoch more in log.jsonl. That epoch is
+    trained again, and log.jsonl is written again, whole.
+    """
+    lines = [json.dumps(row) + "\n" for row in log]
+    write_whole(folder / "log.jsonl", "".join(lines).encode())
+    content = log[0] | {"network": trainer.network_arguments, "log": log, **trainer.state_dict()}
+    buffer = (
+        io.BytesIO()
+    )  # on a full disk write_whole fails, and keeps the file of the epoch before
     torch.save(content, buffer)
     write_whole(folder / "last.pt", buffer.getvalue())
 
 
-def resume(trainer: Trainer, folder: Path, command: str) -> Progress:
-    """Load folder/last.pt if it is there, bring log.jsonl to the same epoch; returns the progress.
-
-    Raises InputError where last.pt is damaged, gone, of another run, or trained by other teachers
-    than now.
-    """
+def resume(trainer: Trainer, folder: Path, head: dict) -> list[dict]:
+    """Load folder/last.pt if it is there; returns the log, which starts with its head."""
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
+    if not (folder / "last.pt").exists():
+        return [head]
 
-    progress = Progress(epochs=0, seconds=0.0, devices=[], versions=[])
-    logged_command, rows = read_log(folder)
-    if (folder / "last.pt").exists():
-        content = read_checkpoint(folder, trainer.config, TO_RESUME)
-        if content["teachers"] != trainer.teacher_digests:
-            raise InputError(
-                f"{folder}: its first {content['epoch']} epochs had another teacher, whose weights "
-                "have changed since. Put the former teacher back, or move this run's whole folder "
-                "away to train it anew"
-            )
-        trainer.load_state_dict(content)
-        progress = Progress(
-            content["epoch"], content["seconds"], content["devices"], content["versions"]
-        )
-        print(f"resumed   after epoch {progress.epochs} of {trainer.config.epochs}")
-    elif len(rows) > 1:  # the first epoch's row can be there without last.pt: it is written first
+    content = read(folder / "last.pt")
+    trainer.load_state_dict(content)
+    log = content["log"]
+    print(f"resumed   after epoch {len(log) - 1} of {trainer.config.epochs}")
+    for key in ("version", "device"):
+        if not log[0][key].endswith(head[key]):
+            log[0][key] += f", then {head[key]}"
+    return log
+
+
+def train_run(
+    config: Config,
+    folder: Path,
+    teachers: list[Path],
+    data: Dataset,
+    args: argparse.Namespace,
+    device: torch.device,
+    epochs_after: int = 0,
+) -> None:
+    """Train one network, whose teachers are finished, unless it is finished itself.
+
+    Of args it needs command, eval_every and eager.
+    """
+    title = f"{METHODS[config.method].label}, {config.network}, seed {config.seed}"
+    if is_finished(folder):  # perhaps just now, by the process that was waited for
+        print(f"{title}: finished before, not trained again; {folder}", flush=True)
+        return
+
+    print(f"{title}, {config.epochs} epochs, in {folder}", flush=True)
+    head = {
+        "command": args.command,
+        "version": VERSION,
+        "device": machine(device),
+        "settings": asdict(config),
+        "teachers_top1": [read(teacher / "result.json")["top1"] for teacher in teachers],
+    }
+    trainer = Trainer(config, data, [load_run(teacher, device) for teacher in teachers], device)
+    log = resume(trainer, folder, head)
+    train(trainer, data, folder, log, args.eval_every, args.eager, epochs_after)
+
+    tested = [row["top1"] for row in log if "top1" in row]
+    result = log[0] | log[-1] | {"best_top1": max(tested)}
+    write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def train_all(
+    config: Config, data: Dataset, args: argparse.Namespace, device: torch.device
+) -> list[Path]:
+    """Train the teachers, then the student; returns their folders, the student's last.
+
+    The student's folder is locked first, so that processes that share a folder of runs take
+    different students. A teacher that another process trains is waited for.
+    """
+    folder = Path(args.runs_dir, run_name(config))
+    teachers = [Path(args.runs_dir, run_name(teacher)) for teacher in config.teachers]
+    if args.teacher_checkpoint:
+        teachers = [Path(given) for given in args.teacher_checkpoint]
+
+    with lock(folder, wait=False):
+        if not is_finished(folder):
+            for i, teacher in enumerate(teachers):
+                unfinished = [each for each in teachers[i + 1 :] if not is_finished(each)]
+                epochs_after = config.epochs * (len(unfinished) + 1)
+                with lock(teacher, wait=True):
+                    train_run(config.teachers[i], teacher, [], data, args, device, epochs_after)
+        train_run(config, folder, teachers, data, args, device)
+    return [*teachers, folder]
+
+
+def given_teacher(folder: str, student: Config) -> Config:
+    """The Config of a --teacher-checkpoint, which has to fit the student's data and classifier."""
+    if not Path(folder).is_dir():
         raise InputError(
-            f"{folder / 'last.pt'} is gone, which the run needs to continue: put it back, or move "
-            "this run's whole folder away to train it anew"
+            f"--teacher-checkpoint {folder}: no run folder. Weights of another program do not fit: "
+            "use the loss in your own loop"
         )
-
-    progress.devices = list(dict.fromkeys([*progress.devices, machine(trainer.device)]))
-    progress.versions = list(dict.fromkeys([*progress.versions, VERSION]))
-    # The log may be an epoch ahead of last.pt. That row is cut, because its epoch is run again.
-    kept = [row for row in rows if row["epoch"] <= progress.epochs]
-    lines = [json.dumps(row) + "\n" for row in [{"command": logged_command or command}, *kept]]
-    write_whole(folder / "log.jsonl", "".join(lines).encode())
-    return progress
-
-
-def given_teacher(path: str, config: Config) -> dict:
-    """What a --teacher-checkpoint is; it has to fit the student's data and classifier."""
-    content = read(path, TO_LOAD)
-    teacher = content["config"]
-
+    teacher = read(Path(folder, "result.json"))["config"]
     problem = ""
-    if teacher.data != config.data:
+    if teacher.data != student.data:
         problem = (
             f"it was trained on other images: {teacher.dataset}, {imbalance(teacher)} (digest "
-            f"{teacher.data}), not {config.dataset}, {imbalance(config)} ({config.data})"
+            f"{teacher.data}), not {student.dataset}, {imbalance(student)} ({student.data})"
         )
-    elif teacher.head != config.head:
+    elif teacher.head != student.head:
         problem = (
-            f"its classifier is {teacher.head}, not {config.head}; a cosine classifier is in runs "
+            f"its classifier is {teacher.head}, not {student.head}; a cosine classifier is in runs "
             "of cbd and in their teachers, in no others"
         )
-    elif content["epoch"] != teacher.epochs:
-        problem = f"it stopped after epoch {content['epoch']} of {teacher.epochs}"
-    elif (teacher.network, teacher.seed) == (config.network, config.seed):
+    elif (teacher.network, teacher.seed) == (student.network, student.seed):
         problem = "it has the student's seed, and began with the same weights: use another --seed"
     if problem:
-        raise InputError(f"--teacher-checkpoint {path}: {problem}")
-
-    return {
-        "network": teacher.network,
-        "method": teacher.method,
-        "head": teacher.head,
-        "colour": teacher.colour,
-        "checkpoint": hashlib.sha256(content["file"].read_bytes()).hexdigest()[:16],
-    }
-
-
-def run(
-    config: Config, data: Dataset, args: argparse.Namespace, device: torch.device, role="student"
-) -> Path:
-    """Train the run's teachers, then the run, unless it has a result.json; returns its folder.
-
-    Of args it needs runs_dir, teacher_checkpoint, eval_every, eager and command. Raises InputError,
-    DivergedError, CaptureError and, for a student, FolderBusyError; a teacher is waited for.
-    """
-    folder = Path(args.runs_dir) / run_name(config)
-    result_file = folder / "result.json"
-    title = f"{role:<9} {config.network}, {printed_name(config.method)}, seed {config.seed}"
-
-    with lock(folder, wait=role == "teacher"):
-        if result_file.exists():  # perhaps just now, by the process that was waited for
-            print(f"{title}: finished before, not trained again; {folder}", flush=True)
-            return folder
-
-        if not (folder / "config.json").exists():
-            description = {
-                "settings": asdict(config),
-                "version": VERSION,
-                "device": machine(device),
-                "command": args.command,
-            }
-            write_json(folder / "config.json", description)
-
-        # Teachers are trained only where teacher_checkpoint is empty; they can get the same args.
-        paths = args.teacher_checkpoint or [
-            train_teacher(teacher, config, data, args, device) for teacher in config.teachers
-        ]
-        teachers = [load_run(path, device) for path in paths]
-        tested_teachers = [
-            about | evaluate(teacher, data, device, config.precision)
-            for about, teacher in zip(config.teachers, teachers, strict=True)
-        ]
-
-        print(f"{title}, {config.epochs} epochs, in {folder}", flush=True)
-        trainer = Trainer(config, data, teachers, device)
-        progress = resume(trainer, folder, args.command)
-        scores = train(trainer, data, folder, progress, args.eval_every, args.eager)
-
-        result = {
-            "settings": asdict(config),
-            "version": ", then ".join(progress.versions),
-            "teachers": tested_teachers,
-            **scores,
-            "seconds": progress.seconds,
-            "devices": progress.devices,
-        }
-        write_json(result_file, result)
-        return folder
-
-
-def train_teacher(
-    teacher: dict, config: Config, data: Dataset, args: argparse.Namespace, device: torch.device
-) -> Path:
-    """The folder of a teacher's run, which is trained now, unless it is finished.
-
-    It has the student's Config, but no teachers, the default hyperparameters of its own method, and
-    the network, method, head, colour and seed that `teacher`, of config.teachers, names. Raises as
-    run does.
-    """
-    hyper = default_hyper(teacher["method"], config.dataset)
-    teacher_config = replace(config, teachers=[], hyper=hyper, **teacher)
-    folder = run(teacher_config, data, args, device, role="teacher")
-
-    # In a folder that was copied in two parts, result.json can be ahead of last.pt.
-    epoch = read_checkpoint(folder, teacher_config, TO_LOAD)["epoch"]
-    if epoch != config.epochs:
-        raise InputError(
-            f"{folder}: result.json is of epoch {config.epochs}, but last.pt of epoch {epoch}. "
-            "Copy the folder anew, or delete result.json to train on"
-        )
-    return folder
+        raise InputError(f"--teacher-checkpoint {folder}: {problem}")
+    return teacher
 
 
 # +----------------------------------------------------------------------------------------------+
 # | 6 Reports                                                                                    |
 # |                                                                                              |
-# | Both are made from result.json; the table's last line needs log.jsonl, too. Runs that differ |
-# | in their seeds, and in nothing else, are one row or one line.                                |
+# | Both are made from result.json. Runs that differ in their seeds, and in nothing else, are    |
+# | one row or one line.                                                                         |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -1411,43 +1203,44 @@ def spread(values: list) -> str:
     return f"{statistics.fmean(present):.2f}{deviation}"
 
 
-def teacher_names(teachers: list[dict], network: str) -> str:
+def teacher_names(config: Config) -> str:
     """How the teachers were trained; their network is named where it is not the student's."""
     names = []
-    for teacher in teachers:
-        name = printed_name(teacher["method"])
-        names.append(name if teacher["network"] == network else f"{teacher['network']} {name}")
+    for teacher in config.teachers:
+        network = f"{teacher.network} " if teacher.network != config.network else ""
+        names.append(network + METHODS[teacher.method].label)
     return " + ".join(dict.fromkeys(names))
 
 
 def row_name(config: Config) -> str:
-    """The method, and in words what differs from its defaults."""
-    words = [printed_name(config.method)]
+    """The method, and in words what differs from its defaults, but for network and epochs."""
+    method = METHODS[config.method]
+    words = [method.label]
     if len(config.teachers) > 1:
         words.append(f"{len(config.teachers)} teachers")
-    names = teacher_names(config.teachers, config.network)
-    if names != METHODS[config.method].teacher:
+    names = teacher_names(config)
+    if names != method.teacher_method:
         words.append(f"from {names}")
-    words += [f"given teacher {t['checkpoint'][:8]}" for t in config.teachers if "checkpoint" in t]
+    for teacher in config.teachers:
+        if teacher != teacher_config(config, teacher.network, teacher.method, teacher.seed):
+            words.append(f"given teacher {config_digest(replace(teacher, seed=0))}")
+    if config.head != method.head:
+        words.append(f"{config.head} classifier")
+    if not config.flip:
+        words.append("no flip")
 
-    for key, value in differs_from_default(config).items():
-        if key == "head":
-            words.append(f"{value} classifier")
-        elif key == "colour":
-            words.append("distorted colours")
-        elif key not in ("imb_type", "subset_seed"):  # those are in the heading
-            words.append(f"{key.replace('_', ' ')} {value:.12g}")  # g alone rounds 0.9999999
+    defaults = {key: getattr(Config, key) for key in ("batch_size", "lr", "weight_decay")}
+    defaults |= default_hyper(config.method, config.dataset)
+    values = asdict(config) | config.hyper
+    for key, default in defaults.items():
+        if values[key] != default:
+            words.append(f"{key.replace('_', ' ')} {values[key]:.12g}")  # g alone rounds 0.9999999
     return ", ".join(words)
 
 
 def imbalance(config: Config) -> str:
     """How the classes were thinned. Unthinned, a file may still be imbalanced by nature."""
-    words = [f"imb {config.imb:g}" if config.imb != 1 else "not thinned"]
-    if config.imb_type != Config.imb_type:
-        words.append(config.imb_type)
-    if config.subset_seed != Config.subset_seed:
-        words.append(f"subset seed {config.subset_seed}")
-    return ", ".join(words)
+    return f"imb {config.imb:g}" if config.imb != 1 else "not thinned"
 
 
 def setting_name(config: Config) -> str:
@@ -1460,47 +1253,33 @@ def setting_name(config: Config) -> str:
 def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """{(heading, digest of the images): {row name: results}} of the runs in the folders.
 
-    A folder is a run's own, or one that holds runs. A damaged run, and a folder without a finished
-    one, are left out, and named on stderr. Raises InputError where nothing is left.
+    A folder is a run's own, or one that holds runs. One without a finished run, and a damaged run,
+    are named on stderr. Raises InputError where nothing is left.
     """
-    runs, left_out = {}, []
+    runs = {}
     for folder in map(Path, folders):
         paths = [*sorted(folder.glob("*/result.json")), *folder.glob("result.json")]
         if not paths:
-            smoke = folder / "smoke"
-            hint = f"; those of --smoke are in {smoke}" if smoke.is_dir() else ""
-            left_out.append(f"{folder}: no finished run there{hint}")
+            print(f"kd_lt.py: {folder}: no finished run there", file=sys.stderr)
         for path in paths:
             try:
-                result = read(path, TO_REPORT)
+                result = read(path)
+                runs.setdefault(config_digest(result["config"]), result)  # in two folders: once
             except InputError as error:
-                left_out.append(str(error))
-                continue
-            # A run in two folders counts once. Where two devices gave two results, the first does.
-            first = runs.setdefault(run_name(result["config"]), result)
-            if first["per_class"] != result["per_class"]:
-                left_out.append(f"{path}: another result of the same settings as {first['file']}")
+                print(f"kd_lt.py: left out: {error}", file=sys.stderr)
     if not runs:
-        raise InputError("\n".join(left_out))
-    for reason in left_out:
-        print(f"kd_lt.py: left out: {reason}", file=sys.stderr)
+        raise InputError("no finished run to report; those of --smoke are in runs/smoke")
 
     order = list(METHODS)
     settings = {}
-    for result in sorted(runs.values(), key=lambda r: order.index(r["config"].method)):
+    for result in sorted(
+        runs.values(),
+        key=lambda r: (order.index(r["config"].method), row_name(r["config"]), r["config"].seed),
+    ):
         config = result["config"]
         rows = settings.setdefault((setting_name(config), config.data), {})
         rows.setdefault(row_name(config), []).append(result)
     return dict(sorted(settings.items()))
-
-
-def best_tested(result: dict) -> float:
-    """The top-1 of the best tested epoch, for comparison with papers that report it."""
-    folder = result["file"].parent
-    _, rows = read_log(folder)
-    if len(rows) < result["config"].epochs:
-        print(f"kd_lt.py: {folder / 'log.jsonl'} is damaged: it lacks epochs", file=sys.stderr)
-    return max([result["top1"], *(row["top1"] for row in rows if "top1" in row)])
 
 
 def classes_in_parts(class_counts: list[int], parts: int) -> list[list[int]]:
@@ -1510,15 +1289,16 @@ def classes_in_parts(class_counts: list[int], parts: int) -> list[list[int]]:
 
 
 def print_rows(rows: dict[str, list[dict]]) -> None:
-    """Markdown of the results of each name: a table of means, then accuracies from head to tail.
-
-    A result is that of a run, or that of a teacher in it, which has neither teachers nor Config.
-    """
+    """Markdown of the results of each name: a table of means, then accuracies from head to tail."""
     print("| method | teacher, its top-1 | n | top-1 | many | medium | few |")
     print("|---|---|---|---|---|---|---|")
     for name, results in rows.items():
+        teacher = "-"
+        if results[0]["teachers_top1"]:
+            tops = [statistics.fmean(result["teachers_top1"]) for result in results]
+            teacher = f"{teacher_names(results[0]['config'])}, {spread(tops)}"
         cells = [spread([result[key] for result in results]) for key in ("top1", *GROUPS)]
-        print(f"| {' | '.join([name, teacher_cell(results), str(len(results)), *cells])} |")
+        print(f"| {' | '.join([name, teacher, str(len(results)), *cells])} |")
 
     class_counts = next(iter(rows.values()))[0]["class_counts"]
     parts = classes_in_parts(class_counts, 10)
@@ -1536,32 +1316,22 @@ def print_rows(rows: dict[str, list[dict]]) -> None:
     print("```\n", flush=True)
 
 
-def teacher_cell(results: list[dict]) -> str:
-    """The teachers' methods and their top-1; the deviation is that between seeds alone."""
-    if not results[0].get("teachers"):
-        return "-"
-    names = teacher_names(results[0]["teachers"], results[0]["config"].network)
-    tops = [mean(teacher["top1"] for teacher in result["teachers"]) for result in results]
-    return f"{names}, {spread(tops)}"
-
-
 def table(folders: list[str]) -> None:
-    """Print Markdown: for each setting a heading, a row a method, and lines from head to tail."""
-    for (heading, digest), rows in finished_runs(folders).items():
-        makers = {
-            f"kd-lt {result['version']} on {device}"
+    """Print Markdown: a heading for each setting, one row per method, lines from head to tail."""
+    for (heading, images), rows in finished_runs(folders).items():
+        origins = {
+            f"kd-lt {result['version']} on {result['device']}"
             for results in rows.values()
             for result in results
-            for device in result["devices"]
         }
         print(f"**{heading}**\n")
         print_rows(rows)
         print(
             "Test accuracy in % after the last epoch, mean ± sample standard deviation over n "
-            f"seeds. Images {digest}. Made by {'; '.join(sorted(makers))}.\n"
+            f"seeds. Images {images}. Made by {'; '.join(sorted(origins))}.\n"
         )
         best = [
-            f"{name} {spread([best_tested(result) for result in results])}"
+            f"{name} {spread([result['best_top1'] for result in results])}"
             for name, results in rows.items()
         ]
         print(
@@ -1570,13 +1340,11 @@ def table(folders: list[str]) -> None:
         )
 
 
-LINE_STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
-
-
 def plot(file: str, folders: list[str]) -> None:
-    """Draw accuracy from head to tail, a line for each row of the table."""
+    """Draw the rows of the table from head to tail: their gain over ce; accuracy without ce."""
     if Path(file).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {file}: the name must end in .png, .svg or .pdf")
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack; none is needed
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -1585,9 +1353,9 @@ def plot(file: str, folders: list[str]) -> None:
 
     settings = finished_runs(folders)
     figure = Figure(figsize=(9, 5 * len(settings)), layout="constrained")
-    all_axes = figure.subplots(len(settings), squeeze=False)[:, 0]
-    for axes, ((heading, _), rows) in zip(all_axes, settings.items(), strict=True):
-        draw_head_to_tail(axes, heading, rows)
+    axes = figure.subplots(2 * len(settings), height_ratios=[7, 1] * len(settings))
+    for i, ((heading, _), rows) in enumerate(settings.items()):
+        draw_head_to_tail(axes[2 * i], axes[2 * i + 1], heading, rows)
     # Without a date and random names, two .svg of the same runs are the same file.
     metadata = {"Date": None} if file.endswith(".svg") else None
     with rc_context({"svg.hashsalt": "kd-lt"}):
@@ -1595,67 +1363,50 @@ def plot(file: str, folders: list[str]) -> None:
     print(f"plot      {file}")
 
 
-def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
-    """One setting: the rows' accuracies over the classes, and behind them the training images."""
+def draw_head_to_tail(axes, strip, heading: str, rows: dict[str, list[dict]]) -> None:
+    """One setting, the classes in ten parts: a line for each row; in the strip, the images."""
     class_counts = next(iter(rows.values()))[0]["class_counts"]
-    num_classes = len(class_counts)
-    size = 5 if num_classes >= 50 else 1
-    parts = classes_in_parts(class_counts, math.ceil(num_classes / size))
-    middles = [sum(map(len, parts[:i])) + len(part) / 2 for i, part in enumerate(parts)]
+    parts = classes_in_parts(class_counts, 10)
+    places = range(1, len(parts) + 1)
 
-    # The training images, on a logarithmic axis of their own, behind the lines.
-    images = axes.twinx()
-    images.stairs(sorted(class_counts, reverse=True), fill=True, color="0.9")
-    images.set(yscale="log", ylim=(0.8, None), ylabel="training images of a class (grey)")
-    axes.set_zorder(images.get_zorder() + 1)
-    axes.patch.set_visible(False)
-
-    # The groups, named above the lines.
-    left = 0
-    for group, (low, high) in GROUPS.items():
-        right = left + sum(low <= n <= high for n in class_counts)
-        if right > left:
-            middle = (left + right) / 2
-            axes.text(
-                middle,
-                0.97,
-                group,
-                transform=axes.get_xaxis_transform(),
-                ha="center",
-                va="top",
-                color="0.35",
-            )
-            axes.axvline(right, color="0.6", linewidth=0.8)
-        left = right
-
-    # A line for each row, with its own colour and style; a band of one standard deviation.
-    for i, (name, results) in enumerate(rows.items()):
-        cells = [
-            [mean(result["per_class"][c] for c in part) for part in parts] for result in results
-        ]
-        accuracies = torch.tensor([[math.nan if a is None else a for a in row] for row in cells])
-        average = accuracies.mean(0)
-        axes.plot(
-            middles,
-            average,
-            color=f"C{i}",
-            linestyle=LINE_STYLES[i % len(LINE_STYLES)],
-            label=f"{name}, n = {len(results)}",
+    accuracies = {}  # of each row (seeds, parts)
+    for name, results in rows.items():
+        cells = [[mean(r["per_class"][c] for c in part) for part in parts] for r in results]
+        accuracies[name] = torch.tensor(
+            [[math.nan if cell is None else cell for cell in row] for row in cells]
         )
-        if len(results) > 1:
-            band = accuracies.std(0)
-            axes.fill_between(
-                middles, average - band, average + band, color=f"C{i}", alpha=0.2, linewidth=0
-            )
+    has_baseline = "ce" in rows and len(rows) > 1
+    baseline = accuracies["ce"].mean(0) if has_baseline else 0.0
 
+    # A line for each row, with a band of one standard deviation.
+    lines = []
+    for name, results in rows.items():
+        gain = accuracies[name] - baseline
+        (line,) = axes.plot(places, gain.mean(0), marker=".", label=f"{name}, n = {len(results)}")
+        lines.append(line)
+        if len(results) > 1:
+            low, high = gain.mean(0) - gain.std(0), gain.mean(0) + gain.std(0)
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)  # as they end on the right
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5), labelcolor="linecolor")
+
+    if has_baseline:
+        axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set(
         title=heading,
-        xlim=(0, num_classes),
-        ylim=(0, None),
-        xlabel=f"classes, most training images first, in {len(parts)} parts",
-        ylabel="test accuracy in %, mean over seeds",
+        ylabel="gain in accuracy over plain ce, in points" if has_baseline else "test accuracy in %",
+        xticks=[],
     )
-    axes.legend(loc="lower left", fontsize=8)
+    bars = strip.bar(places, [sum(class_counts[c] for c in part) for part in parts], color="0.8")
+    strip.bar_label(bars, fontsize=8)
+    strip.set(
+        xlabel=f"classes from head to tail, in {len(parts)} parts; grey: their training images",
+        xticks=[],
+        yticks=[],
+    )
+    strip.spines[["left", "top", "right"]].set_visible(False)
+    for each in (axes, strip):
+        each.set_xlim(0.5, len(parts) + 0.5)
 
 
 # +----------------------------------------------------------------------------------------------+
@@ -1664,16 +1415,17 @@ def draw_head_to_tail(axes, heading: str, rows: dict[str, list[dict]]) -> None:
 # | A flag that belongs to another method, or a training flag together with --table or --plot,   |
 # | is refused, and the reason is told.                                                          |
 # | Errors end in main as a message on stderr and a status: 2 wrong input, 1 a failed run, 75 a  |
-# | busy folder, 130 Ctrl-C. A closed pipe (`| head`) is 141, without a message.                 |
+# | busy folder, 130 Ctrl-C. A closed pipe (`| head`) is 141, without a message. Anything else   |
+# | is a bug, and shows its traceback.                                                           |
 # +----------------------------------------------------------------------------------------------+
 
 EXAMPLES = """examples:
   python kd_lt.py --method bkd --imb 100
   python kd_lt.py --method cbd --num-teachers 4 --seed 1
-  python kd_lt.py --table runs --plot head_to_tail.svg runs/*-bkd-* runs/*-kd-*"""
+  python kd_lt.py --table runs --plot head_to_tail.svg runs/*-bkd-* runs/*-ce-*"""
 
 
-def number(kind: type, low: float, high: float = 10**9):
+def in_range(kind: type, low: float, high: float = 10**9):
     """A type for argparse: an int or a float from low to high."""
 
     def parse(text: str):
@@ -1687,12 +1439,16 @@ def number(kind: type, low: float, high: float = 10**9):
     return parse
 
 
+def as_flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
 def describe_methods() -> str:
     """Each method in one sentence, with its own flags and their defaults."""
     lines = ["methods, and their own flags with their defaults:"]
     for name, method in METHODS.items():
-        lines.append(f"  {name:<10} {method.about}")
-        own = [f"--{key.replace('_', '-')} {value:g}" for key, value in method.hyper.items()]
+        lines.append(f"  {name:<10} {method.summary}")
+        own = [f"{as_flag(key)} {value:g}" for key, value in method.hyper.items()]
         if own:
             lines.append(f"  {'':<10} {'  '.join(own)}")
     return "\n".join(lines)
@@ -1709,82 +1465,69 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         ),
         allow_abbrev=False,
     )
-    seed = number(int, 0, 2**32 - 1)
-    count = number(int, 1)
-    non_negative = number(float, 0)
+    count = in_range(int, 1)
     networks = ", ".join(NETWORKS)
-    alone = [name for name, method in METHODS.items() if not method.teacher]
+    undistilled = [name for name, method in METHODS.items() if not method.teacher_method]
+    path = os.path.expanduser  # a type: ~ that no shell has expanded
 
     # fmt: off
     add = parser.add_argument_group("what to train").add_argument
-    add("--method", choices=METHODS, metavar="M", default="bkd", help="see below; default bkd")
-    add("--seed", type=seed, metavar="N", default=0,
-        help="of weights and batches; default 0. Teachers: seed + 1000, + 2000, ...")
+    add("--method", choices=METHODS, metavar="M", default="bkd",
+        help="see below; default %(default)s")
+    add("--seed", type=in_range(int, 0, 2**32 - 1), metavar="N", default=0,
+        help="of weights and batches; default %(default)s. Teachers: seed + 1000, + 2000, ...")
     add("--smoke", action="store_true", help="a run of seconds: made-up images, resnet8, 8 epochs")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", metavar="D", default="cifar100",
+    add("--dataset", type=path, metavar="D", default="cifar100",
         help="cifar10, cifar100 (default), synthetic or FILE.npz")
-    add("--imb", type=number(float, 1), metavar="X",
+    add("--imb", type=in_range(float, 1), metavar="X",
         help="thin to largest / smallest class = X; default 100, for FILE.npz 1")
-    add("--imb-type", choices=("exp", "step"), default=Config.imb_type,
-        help="how the classes shrink; default exp")
-    add("--subset-seed", type=seed, metavar="N", default=Config.subset_seed,
-        help="which images are kept; default 0, the published ones")
+    add("--no-flip", action="store_true",
+        help="no mirrored training images, where left and right make the class")
 
     add = parser.add_argument_group("networks and teacher").add_argument
     add("--student", choices=NETWORKS, metavar="NET", default="resnet32",
-        help=f"distilled, or trained alone; default resnet32. One of {networks}")
+        help=f"distilled, or trained alone; default %(default)s. One of {networks}")
     add("--teacher", choices=NETWORKS, metavar="NET", default="resnet32",
-        help="the network that teaches; default resnet32")
-    add("--teacher-method", choices=alone, help="how it is trained; default ce, for dive bsce")
-    add("--num-teachers", type=count, metavar="K", default=1,
-        help="of cbd; default 1. K // 2 of them see distorted colours")
-    add("--teacher-checkpoint", nargs="+", metavar="RUN",
-        help="finished runs, instead of training teachers")
+        help="the network that teaches; default %(default)s")
+    add("--teacher-method", choices=undistilled, help="how it is trained; default ce, dive: bsce")
+    add("--num-teachers", type=count, metavar="K", default=1, help="of cbd; default %(default)s")
+    add("--teacher-checkpoint", type=lambda text: path(text).removesuffix("last.pt"), nargs="+",
+        metavar="RUN", help="finished runs, instead of training teachers")
 
     add = parser.add_argument_group("the method's own numbers (defaults below)").add_argument
-    add("--temperature", type=number(float, 1e-3, 100), metavar="T",
-        help="softens the probabilities that are compared")
-    add("--alpha", type=non_negative, metavar="X",
-        help="weight of distillation; krdistill (reconstruction): of its logits' part")
-    add("--beta", type=non_negative, metavar="X",
-        help="bkd: base of the effective numbers; cbd: weight of features")
-    add("--gamma", type=non_negative, metavar="X",
-        help="krdistill (reconstruction): weight of the features' part")
-    add("--power", type=non_negative, metavar="X", help="dive: flattens the teacher")
-    add("--bkd-start", type=number(float, 0, 1), metavar="X",
-        help="bkd: share of the epochs before it acts; on cifar10 0.8")
+    for key, (lowest, highest, text) in HYPER.items():
+        add(as_flag(key), type=in_range(float, lowest, highest), metavar="X", help=text)
 
     add = parser.add_argument_group("recipe, of teacher and student alike").add_argument
-    add("--epochs", type=count, metavar="N", default=Config.epochs, help="default 200")
+    add("--epochs", type=count, metavar="N", default=Config.epochs, help="default %(default)s")
     add("--batch-size", type=count, metavar="N", default=Config.batch_size,
-        help="images in a step; default 128")
-    add("--lr", type=number(float, 1e-6), metavar="X", default=Config.lr,
-        help="the highest learning rate; default 0.1")
-    add("--weight-decay", type=non_negative, metavar="X", default=Config.weight_decay,
-        help="on all parameters; default 0.0002")
+        help="images in a step; default %(default)s")
+    add("--lr", type=in_range(float, 1e-6), metavar="X", default=Config.lr,
+        help="the highest learning rate; default %(default)s")
+    add("--weight-decay", type=in_range(float, 0), metavar="X", default=Config.weight_decay,
+        help="on all parameters; default %(default)s")
 
     add = parser.add_argument_group("machine and folders").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="default auto: an NVIDIA GPU, if there is one")
+        help="default %(default)s: an NVIDIA GPU, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="default auto: bf16, where the hardware has it")
+        help="default %(default)s: bf16, where the hardware has it")
     add("--eager", action="store_true",
         help="on a GPU: no CUDA graph, for a step that cannot be recorded")
     add("--eval-every", type=count, metavar="N",
         help="test after every N epochs; default 1, on a CPU 5")
-    add("--data-dir", metavar="DIR", default="data",
-        help="where CIFAR is, or is downloaded to; default data")
-    add("--runs-dir", metavar="DIR", default="runs", help="where runs are kept; default runs")
+    add("--data-dir", type=path, metavar="DIR", default="data",
+        help="where CIFAR is, or is downloaded to; default %(default)s")
+    add("--runs-dir", type=path, metavar="DIR", default="runs",
+        help="where runs are kept; default %(default)s")
 
-    reports = "reports on finished runs (RUNS: run folders, or folders of runs)"
+    reports = "reports on finished runs (RUNS: runs, or folders of them; default: --runs-dir)"
     add = parser.add_argument_group(reports).add_argument
-    add("--table", nargs="*", metavar="RUNS",
-        help="print as Markdown; default: the RUNS of --plot, or those in --runs-dir")
-    add("--plot", nargs="+", metavar=("FILE", "RUNS"),
-        help="draw accuracy from head to tail: .png, .svg, .pdf; default: the RUNS of --table, "
-        "or those in --runs-dir")
+    add("--table", type=path, nargs="*", metavar="RUNS", help="print as Markdown")
+    add("--plot", type=path, nargs="+", metavar=("FILE", "RUNS"),
+        help="draw from head to tail, as gain over ce where it is among them: .png, .svg, .pdf")
     # fmt: on
 
     if "--smoke" in argv:
@@ -1797,98 +1540,74 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
             runs_dir="runs/smoke",
         )
     args = parser.parse_args(argv)
-    given = {word.split("=")[0] for word in argv if word.startswith("--")}
     if args.imb is None:
         args.imb = 1.0 if args.dataset.endswith(".npz") else 100.0
-    refuse_flags(parser, args, given)
+    refuse_flags(parser, args, {word.split("=")[0] for word in argv})
     args.command = shlex.join(["kd_lt.py", *argv])
     return args
 
 
 def refuse_flags(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str]
+    parser: argparse.ArgumentParser, args: argparse.Namespace, words: set[str]
 ) -> None:
     """End with an error for a flag that this method, or a report, would ignore or cannot use.
 
     An experiment that is not what its command says would go unnoticed.
     """
     method = METHODS[args.method]
-    because = {}  # flag: the reason why it has no effect
-    for other in METHODS.values():
-        for key in other.hyper.keys() - method.hyper.keys():
-            because[key] = f"with --method {args.method}"
-    if not method.many_teachers:
-        because["num_teachers"] = f"with --method {args.method}, which has one teacher at most"
-    if not method.teacher:
-        for key in ("teacher", "teacher_method", "teacher_checkpoint"):
-            because[key] = f"with --method {args.method}, which has no teacher"
+    without_effect = HYPER.keys() - method.hyper.keys()
+    if not method.joins_teachers:
+        without_effect |= {"num_teachers"}
+    if not method.teacher_method:
+        without_effect |= {"teacher", "teacher_method", "teacher_checkpoint"}
+    reasons = {f"--method {args.method}": without_effect}
     if args.teacher_checkpoint:
-        for key in ("teacher", "teacher_method", "num_teachers"):
-            because.setdefault(key, "beside --teacher-checkpoint")
-    if args.imb == 1:
-        because["imb_type"] = because["subset_seed"] = "with --imb 1 (the default of a .npz)"
-    if args.plot or args.table is not None:
-        # A report trains nothing: only these flags have an effect, whatever the method. --smoke has
-        # one, because it changes the default of --runs-dir.
-        effective = {"table", "plot", "runs_dir", "smoke"}
+        reasons["--teacher-checkpoint"] = {"teacher", "teacher_method", "num_teachers"}
+    if args.plot or args.table is not None:  # --smoke has an effect: it changes --runs-dir
         report = "--plot" if args.plot else "--table"
-        because = {key: f"with {report}" for key in vars(args) if key not in effective}
+        reasons = {report: vars(args).keys() - {"table", "plot", "runs_dir", "smoke"}}
 
-    for key, reason in because.items():
-        flag = "--" + key.replace("_", "-")
-        if flag in given:
-            parser.error(f"{flag} has no effect {reason}: leave it out")
-    if not method.many_teachers and len(args.teacher_checkpoint or []) > 1:
+    for reason, keys in reasons.items():
+        for flag in sorted(words & {as_flag(key) for key in keys}):
+            parser.error(f"{flag} has no effect with {reason}: leave it out")
+    if not method.joins_teachers and len(args.teacher_checkpoint or []) > 1:
         parser.error(f"--teacher-checkpoint: --method {args.method} has one teacher")
     for key, highest in method.highest.items():
-        value = getattr(args, key)
-        if value is not None and value > highest:
-            flag = "--" + key.replace("_", "-")
-            parser.error(f"{flag} must lie in 0 .. {highest} for {args.method}, not {value}")
+        if (getattr(args, key) or 0) > highest:
+            parser.error(f"{as_flag(key)} must be at most {highest} with --method {args.method}")
 
 
 def make_config(args: argparse.Namespace, data: Dataset, precision: str) -> Config:
     """The one Config of the flags, every default filled in."""
     method = METHODS[args.method]
-    hyper = default_hyper(args.method, args.dataset)
-    for key in hyper:
-        if getattr(args, key) is not None:
-            hyper[key] = getattr(args, key)
-
+    own = {key: getattr(args, key) for key in method.hyper if getattr(args, key) is not None}
     config = Config(
         dataset=Path(args.dataset).name,
         data=data.digest,
         imb=args.imb,
         method=args.method,
-        hyper=hyper,
+        hyper=default_hyper(args.method, args.dataset) | own,
         network=args.student,
         head=method.head,
         teachers=[],
         seed=args.seed,
         precision=precision,
-        imb_type=args.imb_type,
-        subset_seed=args.subset_seed,
+        flip=not args.no_flip,
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
         weight_decay=args.weight_decay,
     )
-    if not method.teacher:
+    if not method.teacher_method:
         return config
     if args.teacher_checkpoint:
-        given = [given_teacher(path, config) for path in args.teacher_checkpoint]
-        return replace(config, teachers=given)
+        teachers = [given_teacher(folder, config) for folder in args.teacher_checkpoint]
+        return replace(config, teachers=teachers)
 
-    teachers = [
-        {
-            "network": args.teacher,
-            "method": args.teacher_method or method.teacher,
-            "head": method.head,
-            "seed": args.seed + 1000 * (k + 1),  # the student's seed would give the same start
-            "colour": k >= args.num_teachers - args.num_teachers // 2,  # the second half
-        }
-        for k in range(args.num_teachers)
-    ]
+    # The student's own seed would give a teacher of the same network the same start.
+    seeds = [args.seed + 1000 * (k + 1) for k in range(args.num_teachers)]
+    name = args.teacher_method or method.teacher_method
+    teachers = [teacher_config(config, args.teacher, name, seed) for seed in seeds]
     return replace(config, teachers=teachers)
 
 
@@ -1932,51 +1651,39 @@ def print_plan(config: Config, data: Dataset, args: argparse.Namespace, machine_
     """What is about to be trained, on what, and how."""
     counts = data.class_counts
     groups = [f"{sum(a <= n <= b for n in counts)} {key}" for key, (a, b) in GROUPS.items()]
-    print(
-        f"data      {args.dataset}, {imbalance(config)}: {sum(counts):,} training images, "
-        f"{max(counts)}..{min(counts)} a class; {', '.join(groups)}; "
-        f"{len(data.test_targets):,} test images"
-    )
-    without = sorted(set(range(len(counts))) - set(data.test_targets.tolist()))
-    if without:
-        names = ", ".join(map(str, without))
-        print(f"          no test image of class {names}: its accuracy cannot be told")
-
     hyper = [f"{key.replace('_', ' ')} {value:.12g}" for key, value in config.hyper.items()]
-    print(f"method    {printed_name(config.method)}" + (f": {', '.join(hyper)}" if hyper else ""))
-
-    print(f"student   {config.network}, {config.head} classifier, seed {config.seed}")
-    for teacher in config.teachers:
-        given = "checkpoint" in teacher
-        origin = f"given: {teacher['checkpoint']}" if given else f"seed {teacher['seed']}"
-        colour = ", distorted colours" if teacher["colour"] else ""
-        name = printed_name(teacher["method"])
-        print(f"teacher   {teacher['network']} by {name}, {origin}{colour}")
-
+    seeds = ", ".join(str(teacher.seed) for teacher in config.teachers)
+    teachers = f", from {teacher_names(config)}, seed {seeds}" if config.teachers else ""
     steps = math.ceil(sum(counts) / config.batch_size)
     print(
-        f"recipe    epochs {config.epochs} of {steps} steps, batch size {config.batch_size}, "
-        f"lr {config.lr:.12g}, weight decay {config.weight_decay:.12g}"
+        f"data      {args.dataset}, {imbalance(config)}{'' if config.flip else ', no flip'}: "
+        f"{sum(counts):,} training images, {max(counts)}..{min(counts)} per class; "
+        f"{', '.join(groups)}; {len(data.test_targets):,} test images\n"
+        f"method    {', '.join([METHODS[config.method].label, *hyper])}\n"
+        f"network   {config.network}, {config.head} classifier, seed {config.seed}{teachers}\n"
+        f"recipe    {config.epochs} epochs of {steps} steps, batch size {config.batch_size}, "
+        f"lr {config.lr:.12g}, weight decay {config.weight_decay:.12g}\n"
+        f"device    {machine_name}, {config.precision}\n",
+        flush=True,
     )
-    print(f"device    {machine_name}, {config.precision}")
-    print(f"folder    {Path(args.runs_dir) / run_name(config)}\n", flush=True)
 
 
 def train_and_report(args: argparse.Namespace) -> None:
     """Train what the flags say and print its table."""
     device, precision = choose_device(args)
     args.eval_every = args.eval_every or (1 if device.type == "cuda" else 5)
-    data = load_dataset(args.dataset, args.data_dir, args.imb, args.imb_type, args.subset_seed)
+    data = load_dataset(args.dataset, args.data_dir, args.imb)
     config = make_config(args, data, precision)
     print_plan(config, data, args, machine(device))
 
-    folder = run(config, data, args, device)
-    result = read(folder / "result.json", TO_REPORT)
-    print(f"result    {folder}, test accuracy in % after the last epoch\n")
+    *teachers, student = train_all(config, data, args, device)
     rows = {}
-    for i, teacher in enumerate(result["teachers"], start=1):
-        rows[f"teacher {i}, {printed_name(teacher['method'])}"] = [teacher]
-    print_rows(rows | {row_name(config): [result]})
+    for teacher in filter(is_finished, teachers):  # those of a finished student may be gone
+        result = read(teacher / "result.json")
+        rows.setdefault(f"teacher, {row_name(result['config'])}", []).append(result)
+    rows[row_name(config)] = [read(student / "result.json")]
+    print(f"\nresult    {student}, test accuracy in % after the last epoch\n")
+    print_rows(rows)
 
 
 def main(argv: list[str]) -> int:
@@ -1986,25 +1693,18 @@ def main(argv: list[str]) -> int:
         if args.plot:
             plot(args.plot[0], args.plot[1:] or args.table or [args.runs_dir])
         if args.table is not None:
-            in_plot = args.plot[1:] if args.plot else []
-            table(args.table or in_plot or [args.runs_dir])
+            table(args.table or [args.runs_dir])
         if not args.plot and args.table is None:
             train_and_report(args)
         sys.stdout.flush()  # here, where a failure can still be told
         return 0
     except InputError as error:
         status, message = 2, str(error)
-    except (DivergedError, CaptureError) as error:
+    except DivergedError as error:
         status, message = 1, str(error)
     except FolderBusyError as error:
         # "Try again later", as sysexits.h has it: run_all.sh does not count this run as failed.
         status, message = 75, str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        status = 1
-        message = (
-            f"out of memory with --batch-size {args.batch_size}. Try a smaller batch, fewer or "
-            "smaller images"
-        )
     except BrokenPipeError:
         # `| head` has what it wanted. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2023,4 +1723,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdout is None:  # started without an output (>&-)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # an ASCII output has no ±
     sys.exit(main(sys.argv[1:]))

@@ -64,13 +64,14 @@ class BasicBlock(nn.Module):
 class CosineClassifier(nn.Module):
     """z_c = scale * <f/|f|, w_c/|w_c|>, (B, D) -> (B, C): fixed scale, no bias, as CBD has it.
 
-    ResNet draws the weight with all its others. Elsewhere draw it yourself: until then it is nan.
-    Compute it in float32, outside autocast, as ResNet does: in fp16 features of zeros become nan.
+    Its weight is Glorot-uniform, as in CBD's released code. Compute it in float32, outside
+    autocast, as ResNet does: in fp16 features of zeros become nan.
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 20.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((num_classes, in_features), torch.nan))
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        nn.init.xavier_uniform_(self.weight)
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ class CosineClassifier(nn.Module):
 class ResNet(nn.Module):
     """A network of NETWORKS, Kaiming-normal from the global generator; head: linear or cosine.
 
-    projection: the width to which linear + ReLU map the pooled vector before the head. None is made
-    for 0, and for the width that the vector has anyway.
+    projection: the width to which linear + ReLU map the pooled vector before the head, as CBD's
+    student needs it; 0: there is none. Projection and cosine head are Glorot-uniform, as released.
     """
 
     def __init__(self, name: str, num_classes: int, head: str = "linear", projection: int = 0):
@@ -101,15 +102,17 @@ class ResNet(nn.Module):
                 width = out
         self.blocks = nn.Sequential(*blocks)
 
-        is_projected = projection not in (0, width)
-        self.projection = nn.Linear(width, projection) if is_projected else None
+        self.projection = nn.Linear(width, projection) if projection else None
         self.num_features = projection or width
         classifier = {"linear": nn.Linear, "cosine": CosineClassifier}[head]
         self.head = classifier(self.num_features, num_classes)
 
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, CosineClassifier)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
+        if self.projection is not None:
+            nn.init.xavier_uniform_(self.projection.weight)
+            nn.init.zeros_(self.projection.bias)
 
     def forward(self, images: Tensor) -> Output:
         """images float (B, 3, S, S) -> (logits (B, C), features (B, D))."""
