@@ -341,6 +341,7 @@ class Batches:
                 rows = torch.multinomial(self.weights, count, replacement=True, generator=generator)
             crop = torch.randint(copies * places**2, (count,), generator=generator)
 
+        # One number per draw holds the copy, mirrored or not, and the place of the crop in it.
         mirrored = crop // places**2
         top = crop // places % places
         left = crop % places

@@ -75,8 +75,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     """The training images of each class as a float tensor (C,) on the device of the logits (B, C).
 
     The values in a tensor are trusted, because to look at them would make the CPU wait for the GPU
-    and break torch.compile. The result has the dtype of the logits, or float32 for half precision.
-    A float64 tensor on the logits' device stays float64; not every device has float64.
+    and break torch.compile. The result has the dtype of the logits, at least float32. float64 stays
+    where the counts are a tensor on the logits' device, because not every device has float64.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(class_counts, Tensor):
@@ -108,7 +108,7 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
     divergence has it; plain "mean" would divide by C, too. The target is passed on as a
     probability, not as its logarithm, so that a class of probability 0 adds 0. It receives no
     gradient, and is computed in the student's dtype, or in float32 for half precision. Float32
-    serves to a temperature of some hundred; above that it rounds the divergence away.
+    is precise enough up to a temperature of some hundred.
     """
     if student_logits.ndim != 2 or student_logits.shape != target_logits.shape:
         raise ValueError(
@@ -120,7 +120,7 @@ def kl_to_target(student_logits: Tensor, target_logits: Tensor, temperature: flo
 
     student = at_least_float32(student_logits)
     target = target_logits.detach().to(student.dtype)
-    # This is softmax(target / T). Written so, it is rounded as in the runs of .results.
+    # softmax(target / T), written so that it rounds as in the runs of the README's table.
     q = F.log_softmax(target / temperature, dim=1).exp()
     log_p = F.log_softmax(student / temperature, dim=1)
     log_p = log_p.masked_fill(q == 0, 0)  # where both logits are -inf, 0 * -inf would be nan
@@ -305,15 +305,15 @@ def dive_loss(
 
 
 def balanced_prototypes(class_means: Tensor) -> Tensor:
-    """A place for each class: the teacher's class means, with all directions made equally long.
+    """A place for each class: the teacher's class means, spread equally in all directions.
 
         M_c = m_c - mean_j m_j,    M = U S V^T (thin),    P = U V^T, its rows scaled to length 1
 
     A long-tailed teacher spends long directions on head classes and short ones on the tail. S
-    holds those lengths, and is dropped. The classes stay as near to the teacher's own arrangement
+    holds those lengths, and is dropped; the classes stay as near to the teacher's own arrangement
     as that allows. Where the M_c span C - 1 dimensions, every two prototypes have the cosine
-    -1 / (C - 1). For D < C - 1, as with 64 features on CIFAR-100, some pairs stay nearer than
-    others, and scaling the rows makes the directions only nearly equal.
+    -1 / (C - 1). For D < C - 1, as with 64 features on CIFAR-100, the spread is nearly equal: the
+    scaled rows undo a little of it, and some classes stay nearer to each other than others.
 
     class_means       m, (C, D) float, C >= 2
     Returns (C, D), on the device of class_means, in float32 or float64.
@@ -428,8 +428,8 @@ def krdistill_loss(
 # | 2 Methods and settings                                                                       |
 # |                                                                                              |
 # | A new method is a loss in section 1, an entry in METHODS, and a case in Trainer.loss. The    |
-# | names of its hyperparameters are those of the loss's arguments (but for bkd_start, which     |
-# | start_epoch reads). One that no other method has gets a line in HYPER, which makes its flag. |
+# | names of its hyperparameters are those of the loss's arguments. One that no other method has |
+# | gets a line in HYPER, which makes its flag.                                                  |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -444,9 +444,11 @@ class Method:
     teacher_method: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher: "linear" or "cosine"
-    # Where a loss compares features, one of these two makes them equally wide.
-    joins_teachers: bool = False  # a layer before the student's classifier; several teachers may be
-    has_adapter: bool = False  # a linear map beside the classifier; class means are computed, too
+    # Where a loss compares features, one of these two makes those of student and teacher equally
+    # wide: a projection before the student's classifier, to the width of all teachers together; or
+    # a linear map beside its classifier, with which the teacher's class means are computed, too.
+    joins_teachers: bool = False
+    has_adapter: bool = False
     learns_prior: bool = True  # whether its logits hold log pi, which rectify_logits subtracts
 
 
@@ -501,7 +503,7 @@ HYPER = {  # of each hyperparameter: the lowest value, the highest, and the help
     "beta": (0, 1e9, "bkd: base of the effective numbers; cbd: weight of features"),
     "gamma": (0, 1e9, "krdistill: weight of the features' part"),
     "power": (0, 1e9, "dive: flattens the teacher"),
-    "bkd_start": (0, 1, "bkd: share of the epochs before it starts; on cifar10 0.8"),
+    "bkd_start": (0, 1, "bkd: share of the epochs that are kd; on cifar10 0.8"),
 }
 
 
@@ -522,7 +524,7 @@ class Config:
 
     dataset: str  # cifar10, cifar100, synthetic, or the name of a .npz file
     data: str  # a digest of all images and labels
-    imb: float  # to what the classes are thinned, largest / smallest; 1: not thinned
+    imb: float  # largest / smallest class after thinning; 1: not thinned
     method: str  # a key of METHODS
     hyper: dict[str, float]  # the method's hyperparameters, as default_hyper
     network: str  # a key of models.NETWORKS
@@ -580,7 +582,7 @@ class Trainer:
         method = METHODS[config.method]
         self.config = config
         self.device = device
-        # The loss's own arguments. bkd_start is none of them: start_epoch reads it.
+        # The arguments of the loss. bkd_start is not among them: start_epoch uses it.
         self.hyper = {key: value for key, value in config.hyper.items() if key != "bkd_start"}
 
         # The student, and the map from its features to the teacher's where the method has one. The
@@ -759,8 +761,8 @@ class Trainer:
     def capture(self) -> Callable[[int], None]:
         """Record step as a CUDA graph for each batch size; returns the function that replays it.
 
-        Warm up, record, restore, return. The steps train on whatever the batches hold; then the
-        state is restored, and start_epoch, which has to follow, sets all the rest. Raises
+        Warm up, record, restore, return. The warm-up changes weights, statistics and momentum,
+        which are restored, and learning rate, batches and sums, which start_epoch sets anew. Raises
         RuntimeError where torch cannot record the step, for example because its loss calls .item()
         or branches on a tensor, for which the CPU has to wait for the GPU.
         """
@@ -804,7 +806,7 @@ def train(
     eager: bool = False,
     epochs_after: int = 0,
 ) -> None:
-    """Train from the epoch after the log's last one to the end; each adds a row and is saved.
+    """Train from the epoch after the log's last one to the end. After each, add its row and save.
 
     The last epoch's row holds all that evaluate returns. epochs_after are those of the networks
     that the command trains afterwards; the time that is left includes them.
@@ -812,7 +814,7 @@ def train(
     config = trainer.config
     step = trainer.step if eager or trainer.device.type != "cuda" else trainer.capture()
     data = data._replace(test_images=data.test_images.to(trainer.device))
-    first = len(log) - 1  # log[0] says what the run is
+    first = len(log) - 1  # log[0] is no epoch
     started = time.perf_counter()
 
     print("    epoch      lr     loss    train     test     many   medium      few   img/s    left")
@@ -863,12 +865,13 @@ def check_finite(row: dict, weights: list[Tensor]) -> None:
 
 
 def print_progress(done: int, total: int, batch_size: int, began: float, is_first: bool) -> None:
-    """On a terminal, show each step in place; in a file, the tenth step of the first epoch."""
+    """After a second: on a terminal, each step in place; in a file, one step of the first epoch."""
     seconds = time.perf_counter() - began
+    if seconds < 1:
+        return
     text = f"      step {done} of {total}, {done * batch_size / seconds:.0f} images/s"
     if sys.stdout.isatty():
-        if seconds > 1:
-            print(f"\r\033[K{text}", end="", flush=True)
+        print(f"\r\033[K{text}", end="", flush=True)
     elif is_first and done == min(10, total):
         print(text, flush=True)
 
@@ -979,8 +982,8 @@ def machine(device: torch.device) -> str:
 # | 5 Run folders                                                                                |
 # |                                                                                              |
 # | A run is a folder: last.pt (weights, log, and all that resuming needs), log.jsonl (the log,  |
-# | for people), result.json (once it is finished). The log is a list of rows. The first, its    |
-# | head, has the settings, the command, the version and the device; each other is an epoch.     |
+# | for people), result.json (once it is finished). The log is a list of rows. The first, the    |
+# | run's origin, has settings, command, version and device; each of the others is an epoch.     |
 # | The folder's name ends in a digest of the Config, so that two runs never share a folder.     |
 # +----------------------------------------------------------------------------------------------+
 
@@ -1032,6 +1035,7 @@ def lock(folder: Path, wait: bool) -> Iterator[None]:
 
 def as_config(settings: dict) -> Config:
     """The Config of which asdict made the settings."""
+    assert settings["method"] in METHODS, f"there is no method {settings['method']}"
     return Config(**settings | {"teachers": [as_config(each) for each in settings["teachers"]]})
 
 
@@ -1052,7 +1056,10 @@ def read(path: Path) -> dict:
         ) from None
     except Exception as error:  # of a damaged file torch.load and json raise a dozen types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{path}: damaged, or of another version ({reason})") from None
+        raise InputError(
+            f"{path}: damaged, or of another version ({reason}). To train the run anew, move its "
+            "folder away"
+        ) from None
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> ResNet:
@@ -1077,27 +1084,26 @@ def save(trainer: Trainer, folder: Path, log: list[dict]) -> None:
     lines = [json.dumps(row) + "\n" for row in log]
     write_whole(folder / "log.jsonl", "".join(lines).encode())
     content = log[0] | {"network": trainer.network_arguments, "log": log, **trainer.state_dict()}
-    buffer = (
-        io.BytesIO()
-    )  # on a full disk write_whole fails, and keeps the file of the epoch before
+    # First into memory: on a full disk write_whole fails, and keeps the file of the epoch before.
+    buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(folder / "last.pt", buffer.getvalue())
 
 
-def resume(trainer: Trainer, folder: Path, head: dict) -> list[dict]:
-    """Load folder/last.pt if it is there; returns the log, which starts with its head."""
+def resume(trainer: Trainer, folder: Path, origin: dict) -> list[dict]:
+    """Load folder/last.pt if it is there; returns the log, which starts with the run's origin."""
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
     if not (folder / "last.pt").exists():
-        return [head]
+        return [origin]
 
     content = read(folder / "last.pt")
     trainer.load_state_dict(content)
     log = content["log"]
     print(f"resumed   after epoch {len(log) - 1} of {trainer.config.epochs}")
     for key in ("version", "device"):
-        if not log[0][key].endswith(head[key]):
-            log[0][key] += f", then {head[key]}"
+        if not log[0][key].endswith(origin[key]):
+            log[0][key] += f", then {origin[key]}"
     return log
 
 
@@ -1120,7 +1126,7 @@ def train_run(
         return
 
     print(f"{title}, {config.epochs} epochs, in {folder}", flush=True)
-    head = {
+    origin = {
         "command": args.command,
         "version": VERSION,
         "device": machine(device),
@@ -1128,7 +1134,7 @@ def train_run(
         "teachers_top1": [read(teacher / "result.json")["top1"] for teacher in teachers],
     }
     trainer = Trainer(config, data, [load_run(teacher, device) for teacher in teachers], device)
-    log = resume(trainer, folder, head)
+    log = resume(trainer, folder, origin)
     train(trainer, data, folder, log, args.eval_every, args.eager, epochs_after)
 
     tested = [row["top1"] for row in log if "top1" in row]
@@ -1223,6 +1229,7 @@ def row_name(config: Config) -> str:
         words.append(f"from {names}")
     for teacher in config.teachers:
         if teacher != teacher_config(config, teacher.network, teacher.method, teacher.seed):
+            # Without the seed, so that the seeds of one recipe are one row.
             words.append(f"given teacher {config_digest(replace(teacher, seed=0))}")
     if config.head != method.head:
         words.append(f"{config.head} classifier")
@@ -1341,7 +1348,7 @@ def table(folders: list[str]) -> None:
 
 
 def plot(file: str, folders: list[str]) -> None:
-    """Draw the rows of the table from head to tail: their gain over ce; accuracy without ce."""
+    """Draw the rows of the table from head to tail: their gain over plain ce, where it is a row."""
     if Path(file).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {file}: the name must end in .png, .svg or .pdf")
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack; none is needed
@@ -1375,8 +1382,11 @@ def draw_head_to_tail(axes, strip, heading: str, rows: dict[str, list[dict]]) ->
         accuracies[name] = torch.tensor(
             [[math.nan if cell is None else cell for cell in row] for row in cells]
         )
-    has_baseline = "ce" in rows and len(rows) > 1
-    baseline = accuracies["ce"].mean(0) if has_baseline else 0.0
+    configs = {name: results[0]["config"] for name, results in rows.items()}
+    plain = [n for n, c in configs.items() if c.method == "ce" and c.head == "linear"]
+    has_baseline = len(plain) == 1 and len(rows) > 1
+    baseline = accuracies[plain[0]].mean(0) if has_baseline else 0.0
+    unit = "gain over plain ce, in points" if has_baseline else "test accuracy in %"
 
     # A line for each row, with a band of one standard deviation.
     lines = []
@@ -1392,11 +1402,7 @@ def draw_head_to_tail(axes, strip, heading: str, rows: dict[str, list[dict]]) ->
 
     if has_baseline:
         axes.axhline(0, color="0.3", linewidth=0.8)
-    axes.set(
-        title=heading,
-        ylabel="gain in accuracy over plain ce, in points" if has_baseline else "test accuracy in %",
-        xticks=[],
-    )
+    axes.set(title=heading, ylabel=unit, xticks=[])
     bars = strip.bar(places, [sum(class_counts[c] for c in part) for part in parts], color="0.8")
     strip.bar_label(bars, fontsize=8)
     strip.set(
@@ -1412,8 +1418,8 @@ def draw_head_to_tail(axes, strip, heading: str, rows: dict[str, list[dict]]) ->
 # +----------------------------------------------------------------------------------------------+
 # | 7 Command line                                                                               |
 # |                                                                                              |
-# | A flag that belongs to another method, or a training flag together with --table or --plot,   |
-# | is refused, and the reason is told.                                                          |
+# | A flag that belongs to another method is refused, and so is a training flag together with    |
+# | --table or --plot.                                                                           |
 # | Errors end in main as a message on stderr and a status: 2 wrong input, 1 a failed run, 75 a  |
 # | busy folder, 130 Ctrl-C. A closed pipe (`| head`) is 141, without a message. Anything else   |
 # | is a bug, and shows its traceback.                                                           |
@@ -1422,7 +1428,7 @@ def draw_head_to_tail(axes, strip, heading: str, rows: dict[str, list[dict]]) ->
 EXAMPLES = """examples:
   python kd_lt.py --method bkd --imb 100
   python kd_lt.py --method cbd --num-teachers 4 --seed 1
-  python kd_lt.py --table runs --plot head_to_tail.svg runs/*-bkd-* runs/*-ce-*"""
+  python kd_lt.py --table --plot head_to_tail.svg"""
 
 
 def in_range(kind: type, low: float, high: float = 10**9):
@@ -1560,16 +1566,16 @@ def refuse_flags(
         without_effect |= {"num_teachers"}
     if not method.teacher_method:
         without_effect |= {"teacher", "teacher_method", "teacher_checkpoint"}
-    reasons = {f"--method {args.method}": without_effect}
+    ignored_with = {f"--method {args.method}": without_effect}
     if args.teacher_checkpoint:
-        reasons["--teacher-checkpoint"] = {"teacher", "teacher_method", "num_teachers"}
+        ignored_with["--teacher-checkpoint"] = {"teacher", "teacher_method", "num_teachers"}
     if args.plot or args.table is not None:  # --smoke has an effect: it changes --runs-dir
         report = "--plot" if args.plot else "--table"
-        reasons = {report: vars(args).keys() - {"table", "plot", "runs_dir", "smoke"}}
+        ignored_with = {report: vars(args).keys() - {"table", "plot", "runs_dir", "smoke"}}
 
-    for reason, keys in reasons.items():
+    for other, keys in ignored_with.items():
         for flag in sorted(words & {as_flag(key) for key in keys}):
-            parser.error(f"{flag} has no effect with {reason}: leave it out")
+            parser.error(f"{flag} has no effect with {other}: leave it out")
     if not method.joins_teachers and len(args.teacher_checkpoint or []) > 1:
         parser.error(f"--teacher-checkpoint: --method {args.method} has one teacher")
     for key, highest in method.highest.items():
@@ -1680,7 +1686,8 @@ def train_and_report(args: argparse.Namespace) -> None:
     rows = {}
     for teacher in filter(is_finished, teachers):  # those of a finished student may be gone
         result = read(teacher / "result.json")
-        rows.setdefault(f"teacher, {row_name(result['config'])}", []).append(result)
+        name = f"teacher {result['config'].network}, {row_name(result['config'])}"
+        rows.setdefault(name, []).append(result)
     rows[row_name(config)] = [read(student / "result.json")]
     print(f"\nresult    {student}, test accuracy in % after the last epoch\n")
     print_rows(rows)
@@ -1690,10 +1697,10 @@ def main(argv: list[str]) -> int:
     """One command; returns the exit status. Raises SystemExit for wrong flags, as argparse does."""
     args = parse_flags(argv)
     try:
-        if args.plot:
-            plot(args.plot[0], args.plot[1:] or args.table or [args.runs_dir])
         if args.table is not None:
             table(args.table or [args.runs_dir])
+        if args.plot:
+            plot(args.plot[0], args.plot[1:] or args.table or [args.runs_dir])
         if not args.plot and args.table is None:
             train_and_report(args)
         sys.stdout.flush()  # here, where a failure can still be told

@@ -34,9 +34,10 @@ for seed in $SEEDS; do
     command=("$PYTHON" "$program" --method "$method" --dataset "$DATASET"
       --student "$STUDENT" --epochs "$EPOCHS" --seed "$seed" --runs-dir "$RUNS")
     [ -z "$IMB" ] || command+=(--imb "$IMB")
-    # --teacher is refused by methods without a teacher, and beside --teacher-checkpoint.
-    [[ -z "$TEACHER" || "$method $EXTRA" =~ ^(ce|bsce)\ |--teacher-checkpoint ]] ||
-      command+=(--teacher "$TEACHER")
+    case "$method $EXTRA" in
+      "ce "* | "bsce "* | *--teacher-checkpoint*) ;; # they refuse --teacher
+      *) [ -z "$TEACHER" ] || command+=(--teacher "$TEACHER") ;;
+    esac
     # shellcheck disable=SC2206
     command+=($EXTRA)
     echo "+ ${command[*]}"
