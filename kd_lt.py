@@ -1359,7 +1359,7 @@ def plot(file: str, folders: list[str]) -> None:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
 
     settings = finished_runs(folders)
-    figure = Figure(figsize=(9, 5 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(10, 5 * len(settings)), layout="constrained")
     axes = figure.subplots(2 * len(settings), height_ratios=[7, 1] * len(settings))
     for i, ((heading, _), rows) in enumerate(settings.items()):
         draw_head_to_tail(axes[2 * i], axes[2 * i + 1], heading, rows)
@@ -1386,23 +1386,30 @@ def draw_head_to_tail(axes, strip, heading: str, rows: dict[str, list[dict]]) ->
     plain = [n for n, c in configs.items() if c.method == "ce" and c.head == "linear"]
     has_baseline = len(plain) == 1 and len(rows) > 1
     baseline = accuracies[plain[0]].mean(0) if has_baseline else 0.0
-    unit = "gain over plain ce, in points" if has_baseline else "test accuracy in %"
+    unit = "points of test accuracy over plain ce" if has_baseline else "test accuracy in %"
 
     # A line for each row, with a band of one standard deviation.
     lines = []
     for name, results in rows.items():
         gain = accuracies[name] - baseline
-        (line,) = axes.plot(places, gain.mean(0), marker=".", label=f"{name}, n = {len(results)}")
+        (line,) = axes.plot(places, gain.mean(0), marker=".", label=name)
         lines.append(line)
         if len(results) > 1:
             low, high = gain.mean(0) - gain.std(0), gain.mean(0) + gain.std(0)
             axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)  # as they end on the right
-    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5), labelcolor="linecolor")
+    axes.legend(
+        handles=lines,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        labelcolor="linecolor",
+        frameon=False,
+    )
 
     if has_baseline:
         axes.axhline(0, color="0.3", linewidth=0.8)
-    axes.set(title=heading, ylabel=unit, xticks=[])
+    seeds = ", ".join(str(n) for n in sorted({len(results) for results in rows.values()}))
+    axes.set(title=f"{heading}; n = {seeds}", ylabel=unit, xticks=[])
     bars = strip.bar(places, [sum(class_counts[c] for c in part) for part in parts], color="0.8")
     strip.bar_label(bars, fontsize=8)
     strip.set(
