@@ -163,8 +163,8 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     Returns (C,) of mean 1, in float64 if class_counts is a tensor or an array of that dtype, else
     in float32.
     """
-    counts = torch.as_tensor(class_counts)
     is_trusted = isinstance(class_counts, Tensor)  # see as_counts
+    counts = class_counts if is_trusted else torch.as_tensor(class_counts)
     if counts.ndim != 1 or not (is_trusted or (counts >= 1).all()):
         raise ValueError(f"class_counts must be (C,), at least 1 each, not {class_counts}")
     if not 0 <= beta < 1:
