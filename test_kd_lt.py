@@ -2149,9 +2149,12 @@ def test_runs_on_other_images_or_from_other_teachers_are_another_row(tmp_path, k
     config = config_of("--method kd" if key == "teachers" else "--method ce")
     teachers = [replace(teacher, lr=0.2) for teacher in config.teachers]
     changes = {"dataset": "cifar10", "data": "1" * 16, "head": "cosine", "teachers": teachers}
-    for i, run_config in enumerate((config, replace(config, **{key: changes[key]}))):
-        made_up_run(tmp_path / f"{i}", run_config, 40.0, [30.0])
-    assert len(sum(tables_of(run(["--table", tmp_path])[1]), [])) == 2
+    other = replace(config, **{key: changes[key]})
+    teachers = [replace(teacher, seed=teacher.seed + 1) for teacher in other.teachers]
+    for i, each in enumerate((config, other, replace(other, seed=1, teachers=teachers))):
+        made_up_run(tmp_path / f"{i}", each, 40.0, [30.0])
+    rows = sum(tables_of(run(["--table", tmp_path])[1]), [])
+    assert sorted(row[2] for row in rows) == ["1", "2"]  # n, the number of seeds
 
 
 @pytest.mark.parametrize("harm", ["{", "version 3", "another method"])
