@@ -75,8 +75,8 @@ def as_counts(class_counts: Counts, logits: Tensor) -> Tensor:
     """The training images of each class as a float tensor (C,) on the device of the logits (B, C).
 
     The values in a tensor are trusted, because to look at them would make the CPU wait for the GPU
-    and break torch.compile. The result has the dtype of the logits, at least float32. float64 stays
-    where the counts are a tensor on the logits' device, because not every device has float64.
+    and break torch.compile. The result has the dtype of the logits, at least float32; float64
+    counts that are already on the logits' device stay float64, which not every device has.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(class_counts, Tensor):
@@ -444,12 +444,10 @@ class Method:
     teacher_method: str = ""  # the method that trains its teacher by default; "": it has no teacher
     sampler: str = "instance"  # each image once an epoch; "class": all classes equally often
     head: str = "linear"  # the classifier of student and teacher: "linear" or "cosine"
-    # Where a loss compares features, one of these two makes those of student and teacher equally
-    # wide: a projection before the student's classifier, to the width of all teachers together; or
-    # a linear map beside its classifier, with which the teacher's class means are computed, too.
-    joins_teachers: bool = False
-    has_adapter: bool = False
-    learns_prior: bool = True  # whether its logits hold log pi, which rectify_logits subtracts
+    # Where a loss compares features, one of the next two makes them equally wide.
+    joins_teachers: bool = False  # the student gets a projection as wide as all teachers together
+    has_adapter: bool = False  # a linear map of the student's features; class means are made, too
+    learns_prior: bool = True  # its logits hold log pi: krdistill subtracts it from such a teacher
 
 
 METHODS = {
@@ -762,9 +760,9 @@ class Trainer:
         """Record step as a CUDA graph for each batch size; returns the function that replays it.
 
         Warm up, record, restore, return. The warm-up changes weights, statistics and momentum,
-        which are restored, and learning rate, batches and sums, which start_epoch sets anew. Raises
-        RuntimeError where torch cannot record the step, for example because its loss calls .item()
-        or branches on a tensor, for which the CPU has to wait for the GPU.
+        which are restored, and batches and sums, which start_epoch sets anew. Raises RuntimeError
+        where torch cannot record the step, for example because its loss calls .item() or branches
+        on a tensor, for which the CPU has to wait for the GPU.
         """
         saved = copy.deepcopy(self.state_dict())
         self.student.train()  # the graph keeps the mode that it was recorded in
@@ -865,7 +863,7 @@ def check_finite(row: dict, weights: list[Tensor]) -> None:
 
 
 def print_progress(done: int, total: int, batch_size: int, began: float, is_first: bool) -> None:
-    """After a second: on a terminal, each step in place; in a file, one step of the first epoch."""
+    """After a second: on a terminal, each step in place; in a file, step 10 of the first epoch."""
     seconds = time.perf_counter() - began
     if seconds < 1:
         return
@@ -902,7 +900,8 @@ def duration(seconds: float) -> str:
 # | 4 Evaluation                                                                                 |
 # |                                                                                              |
 # | top-1 is the share of the test images that are classified correctly. CIFAR has equally many  |
-# | of each class. The groups many, medium and few are those of the literature.                  |
+# | of each class, so that top-1 is the mean over the classes, too. The groups many, medium and  |
+# | few are those of the literature.                                                             |
 # +----------------------------------------------------------------------------------------------+
 
 # By the training images of a class: at least, at most.
@@ -984,7 +983,7 @@ def machine(device: torch.device) -> str:
 # | A run is a folder: last.pt (weights, log, and all that resuming needs), log.jsonl (the log,  |
 # | for people), result.json (once it is finished). The log is a list of rows. The first, the    |
 # | run's origin, has settings, command, version and device; each of the others is an epoch.     |
-# | The folder's name ends in a digest of the Config, so that two runs never share a folder.     |
+# | The folder's name ends in a digest of the Config, so that no two different runs share one.   |
 # +----------------------------------------------------------------------------------------------+
 
 
@@ -1101,6 +1100,7 @@ def resume(trainer: Trainer, folder: Path, origin: dict) -> list[dict]:
     trainer.load_state_dict(content)
     log = content["log"]
     print(f"resumed   after epoch {len(log) - 1} of {trainer.config.epochs}")
+    # A run that another version or device continues names both.
     for key in ("version", "device"):
         if not log[0][key].endswith(origin[key]):
             log[0][key] += f", then {origin[key]}"
@@ -1121,7 +1121,7 @@ def train_run(
     Of args it needs command, eval_every and eager.
     """
     title = f"{METHODS[config.method].label}, {config.network}, seed {config.seed}"
-    if is_finished(folder):  # perhaps just now, by the process that was waited for
+    if is_finished(folder):  # perhaps by another process, while this one waited for the lock
         print(f"{title}: finished before, not trained again; {folder}", flush=True)
         return
 
@@ -1228,8 +1228,8 @@ def row_name(config: Config) -> str:
     if names != method.teacher_method:
         words.append(f"from {names}")
     for teacher in config.teachers:
+        # A given teacher that this command would not train. All seeds of its recipe are one row.
         if teacher != teacher_config(config, teacher.network, teacher.method, teacher.seed):
-            # Without the seed, so that the seeds of one recipe are one row.
             words.append(f"given teacher {config_digest(replace(teacher, seed=0))}")
     if config.head != method.head:
         words.append(f"{config.head} classifier")
@@ -1278,15 +1278,15 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
         raise InputError("no finished run to report; those of --smoke are in runs/smoke")
 
     order = list(METHODS)
-    settings = {}
+    tables = {}
     for result in sorted(
         runs.values(),
         key=lambda r: (order.index(r["config"].method), row_name(r["config"]), r["config"].seed),
     ):
         config = result["config"]
-        rows = settings.setdefault((setting_name(config), config.data), {})
+        rows = tables.setdefault((setting_name(config), config.data), {})
         rows.setdefault(row_name(config), []).append(result)
-    return dict(sorted(settings.items()))
+    return dict(sorted(tables.items()))
 
 
 def classes_in_parts(class_counts: list[int], parts: int) -> list[list[int]]:
@@ -1310,12 +1310,12 @@ def print_rows(rows: dict[str, list[dict]]) -> None:
     class_counts = next(iter(rows.values()))[0]["class_counts"]
     parts = classes_in_parts(class_counts, 10)
     width = max(len("training images"), *map(len, rows))
-    images = "".join(f"{sum(class_counts[c] for c in part):6}" for part in parts)
+    image_counts = "".join(f"{sum(class_counts[c] for c in part):6}" for part in parts)
     print(
         f"\nFrom head to tail, the classes in {len(parts)} parts: the training images of each, and "
         "the mean accuracy of its classes:\n\n```"
     )
-    print(f"{'training images':<{width}}{images}")
+    print(f"{'training images':<{width}}{image_counts}")
     for name, results in rows.items():
         accuracies = [mean(r["per_class"][c] for r in results for c in part) for part in parts]
         numbers = "".join(f"{'-' if a is None else round(a):>6}" for a in accuracies)
@@ -1325,8 +1325,8 @@ def print_rows(rows: dict[str, list[dict]]) -> None:
 
 def table(folders: list[str]) -> None:
     """Print Markdown: a heading for each setting, one row per method, lines from head to tail."""
-    for (heading, images), rows in finished_runs(folders).items():
-        origins = {
+    for (heading, digest), rows in finished_runs(folders).items():
+        made_by = {
             f"kd-lt {result['version']} on {result['device']}"
             for results in rows.values()
             for result in results
@@ -1335,7 +1335,7 @@ def table(folders: list[str]) -> None:
         print_rows(rows)
         print(
             "Test accuracy in % after the last epoch, mean ± sample standard deviation over n "
-            f"seeds. Images {images}. Made by {'; '.join(sorted(origins))}.\n"
+            f"seeds. Images {digest}. Made by {'; '.join(sorted(made_by))}.\n"
         )
         best = [
             f"{name} {spread([result['best_top1'] for result in results])}"
@@ -1353,20 +1353,16 @@ def plot(file: str, folders: list[str]) -> None:
         raise InputError(f"--plot {file}: the name must end in .png, .svg or .pdf")
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack; none is needed
     try:
-        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
 
-    settings = finished_runs(folders)
-    figure = Figure(figsize=(10, 5 * len(settings)), layout="constrained")
-    axes = figure.subplots(2 * len(settings), height_ratios=[7, 1] * len(settings))
-    for i, ((heading, _), rows) in enumerate(settings.items()):
+    tables = finished_runs(folders)
+    figure = Figure(figsize=(10, 5 * len(tables)), layout="constrained")
+    axes = figure.subplots(2 * len(tables), height_ratios=[7, 1] * len(tables))
+    for i, ((heading, _), rows) in enumerate(tables.items()):
         draw_head_to_tail(axes[2 * i], axes[2 * i + 1], heading, rows)
-    # Without a date and random names, two .svg of the same runs are the same file.
-    metadata = {"Date": None} if file.endswith(".svg") else None
-    with rc_context({"svg.hashsalt": "kd-lt"}):
-        figure.savefig(file, dpi=150, metadata=metadata)
+    figure.savefig(file, dpi=150)
     print(f"plot      {file}")
 
 

@@ -721,6 +721,16 @@ def test_loss_is_the_oracle(name):
             check_against_oracle(name, make_example(seed, batch, num_classes), **hyper)
 
 
+def test_an_image_labelled_minus_100_counts_in_the_kl_alone():
+    example = make_example(30)
+    targets = example.targets.clone()
+    targets[1] = -100
+    kept = [0, 2, 3]
+    ce = F.cross_entropy(example.student_logits[kept], targets[kept])
+    kl = loss_of("kd", example) - loss_of("ce", example)
+    assert_close(loss_of("kd", replace(example, targets=targets)), ce + kl)
+
+
 def test_the_losses_stand_alone():
     """To copy one, the whole of section 1 is copied; it needs torch, math and Sequence."""
     between_boxes = re.split(r"^# \+-+\+$", inspect.getsource(kd_lt), flags=re.M)
@@ -2180,21 +2190,6 @@ def test_a_table_without_runs_is_refused(tmp_path):
     assert refused(["--table", tmp_path])[0] == 2  # the runs lie one level below
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_a_picture_is_drawn_again_as_it_was(suffix, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    made_up_run(tmp_path / "a", "--method ce", 38.0)
-    picture, drawn = tmp_path / f"picture{suffix}", []
-    for _ in range(2):
-        assert run(["--plot", picture, tmp_path])[0] == 0
-        drawn.append(picture.read_bytes())
-    assert len(drawn[0]) > 5000
-    assert drawn[0] == drawn[1] or suffix == ".pdf"  # which holds the time
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    refused(["--plot", tmp_path / f"other{suffix}", tmp_path], "matplotlib")
-
-
 def test_the_picture_shows_the_gain_over_plain_ce(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure", reason="--plot needs matplotlib")
     saves = watch(monkeypatch, figure.Figure, "savefig")
@@ -2222,6 +2217,9 @@ def test_the_picture_shows_the_gain_over_plain_ce(tmp_path, monkeypatch):
         (tmp_path / method / "result.json").write_text(json.dumps(result))
     assert [*draw("ce", "bsce", "kd")[0]] == ["bsce", "kd", "ce"]  # as the lines end
 
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused(["--plot", tmp_path / "other.svg", tmp_path], "matplotlib")
+
 
 # ---- the same numbers again
 
@@ -2237,7 +2235,7 @@ def twice(npz_of_9_images, tmp_path_factory):
     return *folders, printed
 
 
-def test_same_numbers_again(twice):
+def test_same_numbers_again(twice, npz_of_9_images):
     first, second = map(outcome, twice[:2])
     assert first == second
     losses = {name: str(losses_of(twice[0] / name)) for name in first}
@@ -2245,6 +2243,10 @@ def test_same_numbers_again(twice):
     for folder in twice[0].iterdir():
         result = result_of(folder)
         assert result["top1"] == approx(np.mean(result["per_class"]))
+        network = kd_lt.load_run(folder)  # it is the one that was tested
+        dataset = data.load_dataset(str(npz_of_9_images), "", 1)
+        scores = kd_lt.evaluate(network, dataset, torch.device("cpu"), "fp32")
+        assert scores.items() <= result.items()
         tops = {result_of(other)["top1"] for other in twice[0].iterdir()}
         assert {*result["teachers_top1"]} <= tops
         teachers = [kd_lt.run_name(t) for t in kd_lt.as_config(result["settings"]).teachers]
@@ -2291,6 +2293,10 @@ def test_what_is_finished_is_not_written_again(twice, npz_of_9_images, tmp_path)
     finish(quick(npz_of_9_images, runs, "--method kd"))  # from its teacher, which is finished
     del before[kd]
     assert state(before) == before
+    for teacher in runs.glob("*-s1000-*"):
+        shutil.rmtree(teacher)
+    finish(quick(npz_of_9_images, runs, "--method kd"))  # a finished student needs no teacher
+    assert not [*runs.glob("*-s1000-*")]
 
 
 def test_a_row_of_the_log_is_the_mean_over_the_images(npz_of_9_images, tmp_path, monkeypatch):
@@ -2627,19 +2633,6 @@ def test_an_output_that_is_ascii_and_a_backend_that_is_missing(tmp_path):
     assert (tmp_path / "x.png").exists() == ("--plot" in words)
 
 
-def test_a_full_disk_behind_the_output_is_told(tmp_path, capfd):
-    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
-    made_up_run(tmp_path / "runs" / "a", "--method ce", 38.0)
-    with (
-        contextlib.suppress(OSError),  # of the file's end
-        open("/dev/full", "w") as full,
-        contextlib.redirect_stdout(full),
-    ):
-        assert kd_lt.main(["--plot", str(tmp_path / "x.svg"), str(tmp_path / "runs")]) == 1
-    err = capfd.readouterr().err
-    assert os.strerror(errno.ENOSPC) in err and err.count("\n") == 1
-
-
 def test_the_recorded_command_is_what_a_shell_takes_back(npz_of_9_images, tmp_path):
     words = quick(npz_of_9_images, tmp_path / "my runs", "--method ce --epochs 1")
     command = result_of(finish(words)[0])["command"]
@@ -2653,36 +2646,26 @@ BAD = [  # commands whose last flag has to be named
     "--imb 0.5",
     "--imb 201",
     "--epochs 0",
-    "--epochs 1.5",
     "--batch-size 0",
     "--lr 0",
     "--lr nan",
-    "--lr inf",
     "--weight-decay -1",
     "--temperature 0",
     "--temperature 101",
     "--alpha -1",
-    "--alpha x",
     "--beta -1",
-    "--bkd-start -0.1",
     "--bkd-start 1.1",
     "--seed -1",
-    "--seed 1.5",
     "--seed 99999999999",
     "--eval-every 0",
     "--method no-such-method",
     "--student resnet18",
-    "--teacher vgg8",
     "--teacher-method kd",
-    "--device tpu",
-    "--precision fp64",
     "--dataset mnist",
     "--epoch 1",
     # ignored by the method, or out of its own range
     "--method ce --alpha 1",
-    "--method ce --bkd-start 0",
     "--method ce --teacher resnet8",
-    "--method ce --teacher-method ce",
     "--method ce --num-teachers 1",
     "--method ce --teacher-checkpoint x",
     "--method kd --beta 0.9",
@@ -2691,15 +2674,11 @@ BAD = [  # commands whose last flag has to be named
     "--method kd --teacher-checkpoint x --teacher resnet8",
     "--method kd --teacher-checkpoint x --teacher-method ce",
     "--method cbd --teacher-checkpoint x --num-teachers 2",
-    "--method cbd --num-teachers 0",
     "--method cbd --temperature 2",
     "--method cbd --alpha 1.5",
-    "--method bkd --gamma 1",
     "--method bkd --beta 1",
-    "--method dive --bkd-start 0.5",
     "--method dive --alpha 1.5",
     "--method dive --power -1",
-    "--method krdistill --beta 1",
     "--method krdistill --gamma -1",
     # reports
     "--plot x.txt",
