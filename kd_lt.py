@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batches, Dataset, InputError, load_dataset, normalise, write_whole
-from models import NETWORKS, CosineClassifier, Output, ResNet
+from models import NETWORKS, CosineClassifier, Output, make_network
 
 try:
     import fcntl
@@ -576,7 +576,9 @@ class Trainer:
     good: from then on they need autocast.
     """
 
-    def __init__(self, config: Config, data: Dataset, teachers: list[ResNet], device: torch.device):
+    def __init__(
+        self, config: Config, data: Dataset, teachers: list[nn.Module], device: torch.device
+    ):
         method = METHODS[config.method]
         self.config = config
         self.device = device
@@ -594,7 +596,7 @@ class Trainer:
         }
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.student = ResNet(**self.network_arguments)
+            self.student = make_network(**self.network_arguments)
             self.adapter = nn.Identity()
             if method.has_adapter:
                 self.adapter = nn.Linear(self.student.num_features, teacher_width)
@@ -914,7 +916,7 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 
 
 @torch.no_grad()
-def predict(model: ResNet, images: Tensor, device: torch.device, precision: str) -> Output:
+def predict(model: nn.Module, images: Tensor, device: torch.device, precision: str) -> Output:
     """Logits and features of images (N, 3, S, S) uint8, not augmented, in eval mode."""
     pixels_per_part = 2_048_000 if device.type == "cuda" else 256_000
     model.eval()
@@ -926,7 +928,7 @@ def predict(model: ResNet, images: Tensor, device: torch.device, precision: str)
     return Output(torch.cat(logits), torch.cat(features))
 
 
-def evaluate(model: ResNet, data: Dataset, device: torch.device, precision: str) -> dict:
+def evaluate(model: nn.Module, data: Dataset, device: torch.device, precision: str) -> dict:
     """Test accuracies in %: top1, per_class, and the mean over the classes of many, medium, few.
 
     None stands for a class without test images and for a group without classes. The class_counts,
@@ -960,7 +962,7 @@ def mean(values) -> float | None:
     return statistics.fmean(present) if present else None
 
 
-def mean_features(model: ResNet, data: Dataset, device: torch.device, precision: str) -> Tensor:
+def mean_features(model: nn.Module, data: Dataset, device: torch.device, precision: str) -> Tensor:
     """The mean features of each class over its training images, not augmented: (C, D) float32."""
     features = predict(model, data.train_images, device, precision).features.double()
     sums = features.new_zeros(len(data.class_counts), features.shape[1])
@@ -1061,7 +1063,7 @@ def read(path: Path) -> dict:
         ) from None
 
 
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> ResNet:
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The network of a run folder, finished or not, in eval mode.
 
     model(data.normalise(images)) with images (B, 3, S, S) of 0..255 gives logits and features.
@@ -1069,7 +1071,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> ResNet:
     """
     content = read(Path(folder, "last.pt"))
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        model = ResNet(**content["network"])
+        model = make_network(**content["network"])
     model.load_state_dict(content["student"])
     return model.eval().to(device, memory_format=torch.channels_last)
 

@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NETWORKS = {  # name: (layers: 6 n + 2, stem channels, channels of the stages, shortcut)
+# name: (layers: 6 n + 2, stem channels, channels of the stages, shortcut), or a class of your own,
+# which takes ResNet's arguments but for the name
+NETWORKS = {
     **{f"resnet{n}": (n, 16, (16, 32, 64), "pad") for n in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{n}x4": (n, 32, (64, 128, 256), "conv") for n in (8, 32)},
 }
@@ -123,3 +125,10 @@ class ResNet(nn.Module):
             if self.projection is not None:  # CBD's student: s = ReLU(W f + b)
                 features = F.relu(self.projection(features))
             return Output(self.head(features), features)
+
+
+def make_network(name: str, **arguments) -> nn.Module:
+    """The network of that name in NETWORKS; arguments: num_classes, head, projection."""
+    if isinstance(NETWORKS[name], type):
+        return NETWORKS[name](**arguments)
+    return ResNet(name, **arguments)

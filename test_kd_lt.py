@@ -551,13 +551,17 @@ class Loss:
     sampler: str = "instance"
     head: str = "linear"
     joins_teachers: bool = False
-    learns_prior: bool = False
+    learns_prior: bool = True
 
 
 LOSSES = {
-    "ce": Loss(F.cross_entropy, "student_logits targets", ce_oracle, {}, learns_prior=True),
+    "ce": Loss(F.cross_entropy, "student_logits targets", ce_oracle, {}),
     "bsce": Loss(
-        kd_lt.balanced_softmax_loss, "student_logits targets class_counts", bsce_oracle, {}
+        kd_lt.balanced_softmax_loss,
+        "student_logits targets class_counts",
+        bsce_oracle,
+        {},
+        learns_prior=False,
     ),
     "kd": Loss(
         kd_lt.kd_loss,
@@ -565,7 +569,6 @@ LOSSES = {
         kd_oracle,
         {"temperature": 0.7, "alpha": 0.3},
         teacher_method="ce",
-        learns_prior=True,
     ),
     "bkd": Loss(
         kd_lt.bkd_loss,
@@ -573,7 +576,6 @@ LOSSES = {
         bkd_oracle,
         {"temperature": 5.0, "alpha": 0.5, "beta": 0.9},
         teacher_method="ce",
-        learns_prior=True,
     ),
     "cbd": Loss(
         kd_lt.cbd_loss,
@@ -584,6 +586,7 @@ LOSSES = {
         sampler="class",
         head="cosine",
         joins_teachers=True,
+        learns_prior=False,
     ),
     "dive": Loss(
         kd_lt.dive_loss,
@@ -591,6 +594,7 @@ LOSSES = {
         dive_oracle,
         {"temperature": 3.0, "alpha": 0.2, "power": 0.7},
         teacher_method="bsce",
+        learns_prior=False,
     ),
     "krdistill": Loss(
         kd_lt.krdistill_loss,
@@ -598,6 +602,7 @@ LOSSES = {
         krdistill_oracle,
         {"temperature": 3.0, "alpha": 0.2, "gamma": 7.0},
         teacher_method="ce",
+        learns_prior=False,
     ),
 }
 OURS = [name for name in LOSSES if name != "ce"]
@@ -1081,11 +1086,18 @@ def test_the_default_device_changes_no_number(method, data_of_78_images):
     assert_close(*states, rtol=0, atol=0)
 
 
-def test_a_network_that_ignores_the_head_is_refused(data_of_78_images, monkeypatch):
-    """It would train cbd without a cosine classifier, and its row in the table would look right."""
-    monkeypatch.setattr(kd_lt, "ResNet", lambda name, num_classes, *_, **__: ResNet(name, 10))
+def test_a_network_of_ones_own_must_honour_the_head(data_of_78_images, monkeypatch):
+    """Else cbd would train without a cosine classifier, and its row would look right."""
+
+    class Own(ResNet):
+        def __init__(self, num_classes, **ignored):
+            super().__init__("resnet8", num_classes)
+
+    monkeypatch.setitem(models.NETWORKS, "own", Own)
+    trainer = make_trainer(data_of_78_images, "kd --student own")
+    assert isinstance(trainer.student, Own) and not isinstance(trainer.teachers[0], Own)
     with pytest.raises(AssertionError, match="cosine"):
-        make_trainer(data_of_78_images, "cbd")
+        make_trainer(data_of_78_images, "cbd --student own")
 
 
 @pytest.mark.parametrize("part", ["loss_sum", "student", "adapter"])
@@ -1801,6 +1813,7 @@ def test_readme_snippets_run_as_they_stand(snippet, readme_folder, tmp_path, mon
             folder = tmp_path / "images" / ("train", "test")[split] / f"class {label}"
             put({"._1.png": b"no picture, from macOS", "../.notebook/1.png": b"nor this"}, folder)
             image.new("RGB", (40, 20), (90 * label, 0, 0)).save(folder / "1.png")
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))  # a snippet adds one
     made = {}
     exec(snippet, made)
     assert "loss" not in made or made["loss"].isfinite()
