@@ -301,17 +301,18 @@ class Batches:
         if sampler not in ("instance", "class"):
             raise ValueError(f'sampler must be "instance" or "class", not {sampler!r}')
         count, size = len(targets), images.shape[-1]
-        if images.shape != (count, 3, size, size) or targets.ndim != 1:
+        is_uint8 = images.dtype == torch.uint8
+        if images.shape != (count, 3, size, size) or targets.ndim != 1 or not is_uint8:
             raise ValueError(
-                "images and targets must be (N, 3, S, S) and (N,), not "
-                f"{tuple(images.shape)} and {tuple(targets.shape)}"
+                "images and targets must be (N, 3, S, S) uint8 and (N,), not "
+                f"{tuple(images.shape)} {images.dtype} and {tuple(targets.shape)}"
             )
         # The padded images, and behind them their mirror images. Raw: pad, then normalise.
         padding = size // 8  # on each side: 4 for CIFAR's 32, as in the literature
         width = size + 2 * padding
         inside = slice(padding, padding + size)
         copies = 2 if flip else 1
-        padded = torch.zeros(copies * count, width, width, 3, dtype=images.dtype, device=device)
+        padded = torch.zeros(copies * count, width, width, 3, dtype=torch.uint8, device=device)
         padded[:count, inside, inside] = images.permute(0, 2, 3, 1)
         if flip:
             padded[count:] = padded[:count].flip(2)
@@ -323,9 +324,10 @@ class Batches:
         counts = self.targets.bincount().double()
         self.weights = 1 / counts[self.targets] if sampler == "class" else None
 
-        # The epoch's random numbers; position says how many of its images are used.
+        # The epoch's random numbers; position says how many of its images are used: all, before the
+        # first shuffle.
         self.draws = torch.zeros(4, count, dtype=torch.int64, device=device)
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.position = torch.tensor(count, device=device)
         self.offsets = torch.arange(min(batch_size, count), device=device)
         self.sizes = [len(part) for part in self.targets.split(batch_size)]
         self.scale, self.shift = normalisation(device)

@@ -1220,6 +1220,10 @@ def teacher_names(config: Config) -> str:
     return " + ".join(dict.fromkeys(names))
 
 
+def without_seeds(config: Config) -> Config:
+    return replace(config, seed=0, teachers=[without_seeds(each) for each in config.teachers])
+
+
 def row_name(config: Config) -> str:
     """The method, and in words what differs from its defaults, but for network and epochs."""
     method = METHODS[config.method]
@@ -1232,7 +1236,7 @@ def row_name(config: Config) -> str:
     for teacher in config.teachers:
         # A given teacher that this command would not train. All seeds of its recipe are one row.
         if teacher != teacher_config(config, teacher.network, teacher.method, teacher.seed):
-            words.append(f"given teacher {config_digest(replace(teacher, seed=0))}")
+            words.append(f"given teacher {config_digest(without_seeds(teacher))}")
     if config.head != method.head:
         words.append(f"{config.head} classifier")
     if not config.flip:
@@ -1273,9 +1277,13 @@ def finished_runs(folders: list[str]) -> dict[tuple[str, str], dict[str, list[di
         for path in paths:
             try:
                 result = read(path)
-                runs.setdefault(config_digest(result["config"]), result)  # in two folders: once
             except InputError as error:
                 print(f"kd_lt.py: left out: {error}", file=sys.stderr)
+                continue
+            # A run that lies in two folders counts once.
+            first = runs.setdefault(config_digest(result["config"]), result)
+            if first["per_class"] != result["per_class"]:
+                print(f"kd_lt.py: left out: {path}: another run had its settings", file=sys.stderr)
     if not runs:
         raise InputError("no finished run to report; those of --smoke are in runs/smoke")
 
@@ -1505,7 +1513,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--teacher-method", choices=undistilled, help="how it is trained; default ce, dive: bsce")
     add("--num-teachers", type=count, metavar="K", default=1, help="of cbd; default %(default)s")
     add("--teacher-checkpoint", type=lambda text: path(text).removesuffix("last.pt"), nargs="+",
-        metavar="RUN", help="finished runs, instead of training teachers")
+        action="extend", metavar="RUN", help="finished runs, instead of training teachers")
 
     add = parser.add_argument_group("the method's own numbers (defaults below)").add_argument
     for key, (lowest, highest, text) in HYPER.items():
@@ -1536,7 +1544,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
     reports = "reports on finished runs (RUNS: runs, or folders of them; default: --runs-dir)"
     add = parser.add_argument_group(reports).add_argument
-    add("--table", type=path, nargs="*", metavar="RUNS", help="print as Markdown")
+    add("--table", type=path, nargs="*", action="extend", metavar="RUNS", help="print as Markdown")
     add("--plot", type=path, nargs="+", metavar=("FILE", "RUNS"),
         help="draw from head to tail, as gain over ce where it is among them: .png, .svg, .pdf")
     # fmt: on

@@ -46,7 +46,7 @@ for seed in $SEEDS; do
     case $status in
       0) ;;
       75) busy=$((busy + 1)) ;; # another copy has it
-      130) exit 130 ;;          # Ctrl-C
+      130 | 143) exit $status ;; # Ctrl-C, or killed
       *) failed=$((failed + 1)) && echo "failed with status $status: ${command[*]}" >&2 ;;
     esac
   done

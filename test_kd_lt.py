@@ -1427,6 +1427,15 @@ def test_batches_refuse_what_does_not_fit(shape, labels, sampler):
         Batches(torch.zeros(shape).byte(), torch.zeros(labels).long(), 8, "cpu", sampler)
 
 
+def test_batches_need_bytes_and_a_shuffle():
+    """Floats from 0 to 1 would be normalised as 0 to 255."""
+    images, targets = random_images(6, 16), torch.arange(6)
+    with pytest.raises(ValueError, match="uint8"):
+        Batches(images / 255, targets, 4, "cpu", "instance")
+    with pytest.raises(IndexError):
+        Batches(images, targets, 4, "cpu", "instance").next(4)
+
+
 def test_normalise_after_an_export():
     """An export runs it on tensors without values, of which nothing may be kept."""
     images = random_images(2, 16)
@@ -2137,8 +2146,10 @@ def test_the_table_averages_seeds_and_never_settings(tmp_path):
     made_up_run(tmp_path / "g", "--method ce --epochs 30", 30.0)
     (tmp_path / "unfinished").mkdir()
     copied = shutil.copytree(tmp_path / "a", tmp_path / "copies" / "a")  # is no second seed
-    status, out, _ = run(["--table", tmp_path, tmp_path / "a", copied])
-    assert status == 0
+    made_up_run(tmp_path / "later" / "a", "--method ce", 10.0)  # hides behind the first
+    folders = [tmp_path, tmp_path / "a", copied, "--table", tmp_path / "later"]
+    status, out, err = run(["--table", *folders])
+    assert status == 0 and str(tmp_path / "later") in err and err.count("\n") == 1
     long, short = re.split("^(?=[*][*])", out, flags=re.M)[1:]
     assert " 30 epochs" in short and " 200 epochs" in long
     assert all("4.0.0 on a GPU" in part for part in (short, long))
@@ -2603,9 +2614,9 @@ def test_a_teacher_that_does_not_fit_is_refused(finished, stopped, npz_of_9_imag
         assert status == 2 and err.count("\n") == 1, err
         assert str(teacher) in err and reason in err
     text = "--method kd --seed 3 --teacher-checkpoint"  # which has one teacher
-    refused(
-        quick(npz_of_9_images, tmp_path / "new", text, finished[0], finished[0]), text.split()[-1]
-    )
+    for between in ([], ["--teacher-checkpoint"]):
+        words = quick(npz_of_9_images, tmp_path / "new", text, finished[0], *between, finished[0])
+        refused(words, "--teacher-checkpoint")
     assert not (tmp_path / "new").exists()
 
 
