@@ -1683,6 +1683,15 @@ def test_a_damaged_file_is_named_and_kept(small_cifar_10, tmp_path):
     assert files(tmp_path) == damaged
 
 
+def test_a_file_is_replaced_and_never_overwritten(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    with open(file, "rb") as reader:
+        data.write_whole(file, b"a new one")
+        assert reader.read() == b"old"
+    assert files(tmp_path) == {"file": b"a new one"}
+
+
 # ---- the README
 
 CODE = README.replace("\\\n", " ")
