@@ -21,7 +21,6 @@ import contextlib
 import copy
 import errno
 import fcntl
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -1700,8 +1699,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", CODE, re.S)
 
 
 def as_words(command):
-    """The words that a shell would make of it, with * replaced by the files that are there."""
-    return [path for word in shlex.split(command) for path in sorted(glob.glob(word)) or [word]]
+    """The words that a shell makes of it, with * replaced by the files that are there."""
+    printing = ["bash", "-c", f"printf '%s\\n' {command}"]
+    return subprocess.check_output(printing, text=True).splitlines()
 
 
 @pytest.fixture(scope="module")
